@@ -1,0 +1,1 @@
+//! Lets unprivileged users run Codex without holding the OpenAI API key.

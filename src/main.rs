@@ -1,0 +1,2 @@
+//! `codex-responses-api-proxy`: a thin shell over the library.
+fn main() {}
