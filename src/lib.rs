@@ -1,1 +1,133 @@
 //! Lets unprivileged users run Codex without holding the OpenAI API key.
+//!
+//! The program reads the key from stdin, listens on loopback, and forwards `POST /v1/responses` with
+//! the key added. Data flows one way through the modules:
+//!
+//! | step | modules |
+//! | --- | --- |
+//! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
+//! | a client comes in | [`listener`], [`connection`], [`framing`] |
+//! | its request is decided on | [`filter`], [`refusal`] |
+//! | and goes up | [`exchange`], [`headers`], [`upstream`], [`connector`], [`injection`] |
+//! | the answer comes back | [`body`], [`log`] |
+
+pub mod body;
+pub mod cli;
+pub mod connection;
+pub mod connector;
+pub mod credential;
+pub mod exchange;
+pub mod filter;
+pub mod framing;
+pub mod hardening;
+pub mod headers;
+pub mod injection;
+pub mod listener;
+pub mod log;
+pub mod refusal;
+pub mod server_info;
+pub mod stop;
+pub mod target;
+mod terminal;
+pub mod upstream;
+
+use std::rc::Rc;
+
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::Arguments;
+use crate::connector::Connector;
+use crate::credential::Credential;
+use crate::exchange::Proxy;
+use crate::injection::Injection;
+use crate::server_info::ServerInfo;
+use crate::stop::Stop;
+use crate::target::Target;
+use crate::upstream::Upstream;
+
+/// The largest head of a request or an answer, in bytes.
+pub const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// The most headers in a head.
+pub const MAX_HEADERS: usize = 128;
+
+/// Runs the proxy until it is asked to end.
+///
+/// The process must have been hardened ([`hardening::harden`]). Everything that can be wrong without
+/// the key is found before the key is asked for.
+///
+/// # Errors
+///
+/// One sentence on what is wrong and what to do; never with the key in it.
+pub fn run(arguments: &Arguments) -> Result<(), String> {
+    let target = Target::parse(&arguments.upstream_url)?;
+    let proxy = target::outbound_proxy(&target, |name| std::env::var_os(name))?;
+    let connector = Connector::new(&target, proxy, arguments.upstream_ca.as_deref())?;
+    let limit = listener::connection_limit();
+    let runtime = Builder::new_current_thread()
+        .enable_all()
+        .build_local(LocalOptions::default())
+        .map_err(|error| format!("cannot start the event loop: {error}"))?;
+
+    let credential = Credential::from_stdin()?;
+    for name in credential.scrub_environment() {
+        log::line(format_args!(
+            "the key was also in this process's variable {name}: start it with `env -u {name}`"
+        ));
+    }
+    let injection = Injection::new(credential)?;
+
+    let listener = listener::bind(arguments.port.unwrap_or(0))?;
+    let address = listener
+        .local_addr()
+        .map_err(|error| format!("cannot tell the port: {error}"))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(|error| format!("cannot use the listening socket: {error}"))?;
+    let _server_info = match &arguments.server_info {
+        Some(path) => Some(ServerInfo::write(path, address.port())?),
+        None => None,
+    };
+
+    runtime.block_on(async {
+        let stop = Rc::new(Stop::default());
+        stop_on_signals(&stop).map_err(|error| format!("cannot handle signals: {error}"))?;
+        let listener = tokio::net::TcpListener::from_std(listener)
+            .map_err(|error| format!("cannot use the listening socket: {error}"))?;
+        let upstream = Rc::new(Upstream::new(connector, injection));
+        let watched = Rc::clone(&upstream);
+        tokio::task::spawn_local(async move { watched.watch().await });
+        let proxy = Rc::new(Proxy::new(
+            target,
+            upstream,
+            arguments.http_shutdown,
+            Rc::clone(&stop),
+        ));
+        log::line(format_args!("listening on http://{address}"));
+        listener::run(listener, proxy, stop, limit).await;
+        log::line(format_args!("stopped"));
+        Ok(())
+    })
+}
+
+/// The first SIGTERM or SIGINT begins the end; the second is the end.
+fn stop_on_signals(stop: &Rc<Stop>) -> std::io::Result<()> {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals = signal(kind)?;
+        let stop = Rc::clone(stop);
+        tokio::task::spawn_local(async move {
+            while signals.recv().await.is_some() {
+                if stop.has_begun() {
+                    log::line(format_args!("ended at once by a second signal"));
+                    std::process::exit(128 + kind.as_raw_value());
+                }
+                log::line(format_args!(
+                    "stopping: requests in flight may finish; a second signal ends them"
+                ));
+                stop.begin();
+            }
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! One client connection, from its acceptance to its last byte.
+
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper::server::conn::http1::Builder;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::exchange::{Client, Proxy};
+use crate::framing::Scanner;
+use crate::stop::Stop;
+use crate::{MAX_HEAD_BYTES, MAX_HEADERS};
+
+/// How long a head may take to come, and how long a connection may be idle between requests.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long after the end has begun a connection that has sent nothing yet may still send a request:
+/// it was made in the belief that it would be served.
+const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
+
+/// How long a client that is still sending when its answer is complete may pause, and how much it may
+/// send, before the connection is closed. Closing at once would reset it, and the client could lose
+/// the answer (RFC 9112, section 9.6).
+const LINGER_PAUSE: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 256 << 20;
+
+/// Serves one client until either side is done.
+pub async fn serve(stream: TcpStream, uid: Option<u32>, proxy: Rc<Proxy>, stop: Rc<Stop>) {
+    // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
+    let _ = stream.set_nodelay(true);
+    let client = Rc::new(Client {
+        uid,
+        ..Client::default()
+    });
+    let stream = ClientStream {
+        tcp: stream,
+        scanner: Scanner::default(),
+        client: Rc::clone(&client),
+        ended: false,
+    };
+    let service = service_fn(|request| {
+        let (proxy, client) = (Rc::clone(&proxy), Rc::clone(&client));
+        async move { Ok::<_, std::convert::Infallible>(proxy.answer(&client, request).await) }
+    });
+    let mut connection = Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_headers(MAX_HEADERS)
+        .max_header_size(MAX_HEAD_BYTES)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+
+    let ending = async {
+        stop.begun().await;
+        if !client.served.get() {
+            tokio::time::sleep(LAST_REQUEST_GRACE).await;
+        }
+    };
+    let mut ending = pin!(ending);
+    let mut asked_to_end = false;
+    let outcome = std::future::poll_fn(|cx| {
+        if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
+            return Poll::Ready(outcome);
+        }
+        if !asked_to_end && ending.as_mut().poll(cx).is_ready() {
+            asked_to_end = true;
+            Pin::new(&mut connection).graceful_shutdown();
+            return Pin::new(&mut connection).poll(cx);
+        }
+        Poll::Pending
+    })
+    .await;
+    let stream = connection.into_parts().io.into_inner();
+    match outcome {
+        Err(_) if client.ends_by_close.get() => {
+            let _ = stream.tcp.set_zero_linger();
+        }
+        _ if !stream.ended => linger(stream.tcp).await,
+        _ => {}
+    }
+}
+
+/// Says that nothing more will come, then takes what the client still sends, within bounds.
+async fn linger(mut stream: TcpStream) {
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    let mut scratch = [0; 16 << 10];
+    let mut left = LINGER_BYTES;
+    while let Ok(Ok(count)) = tokio::time::timeout(LINGER_PAUSE, stream.read(&mut scratch)).await {
+        left = left.saturating_sub(count);
+        if count == 0 || left == 0 {
+            return;
+        }
+    }
+}
+
+/// A client's socket, whose incoming bytes are looked at on their way.
+struct ClientStream {
+    tcp: TcpStream,
+    scanner: Scanner,
+    client: Rc<Client>,
+    /// The client has said that nothing more will come, or the connection is gone.
+    ended: bool,
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let outcome = Pin::new(&mut this.tcp).poll_read(cx, buf);
+        match &outcome {
+            Poll::Ready(Ok(())) if buf.filled().len() > before => {
+                this.scanner.feed(&buf.filled()[before..]);
+                this.client.findings.set(this.scanner.findings());
+            }
+            Poll::Ready(_) => this.ended = true,
+            Poll::Pending => {}
+        }
+        outcome
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}

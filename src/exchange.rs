@@ -1,0 +1,185 @@
+//! One exchange: a client's request, decided on, forwarded, and its answer on the way back.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::{Request, Response, StatusCode, Version};
+
+use crate::body::{Progress, Relay, RequestBody, ResponseBody};
+use crate::connector::{ConnectError, with_sources};
+use crate::filter::{self, Decision};
+use crate::framing::Findings;
+use crate::headers;
+use crate::log::{self, Record, Uid};
+use crate::refusal::{Refusal, error_response};
+use crate::stop::Stop;
+use crate::target::Target;
+use crate::upstream::{Upstream, UpstreamError};
+
+/// What is known of one client connection.
+#[derive(Default)]
+pub struct Client {
+    /// The uid of the process at the other end, where it was asked for.
+    pub uid: Option<u32>,
+    /// What the second look at its heads found.
+    pub findings: Cell<Findings>,
+    /// Whether it has sent a request.
+    pub served: Cell<bool>,
+    /// Whether an HTTP/1.0 answer is under way, whose end is the connection's: if it breaks off, the
+    /// connection must be reset, or the client would take the part for the whole.
+    pub ends_by_close: Cell<bool>,
+}
+
+/// What all exchanges have in common.
+pub struct Proxy {
+    target: Target,
+    upstream: Rc<Upstream>,
+    http_shutdown: bool,
+    stop: Rc<Stop>,
+}
+
+impl Proxy {
+    /// Forwards to `target` over `upstream`'s connections.
+    #[must_use]
+    pub fn new(
+        target: Target,
+        upstream: Rc<Upstream>,
+        http_shutdown: bool,
+        stop: Rc<Stop>,
+    ) -> Self {
+        Self {
+            target,
+            upstream,
+            http_shutdown,
+            stop,
+        }
+    }
+
+    /// Answers one request.
+    pub async fn answer(
+        &self,
+        client: &Client,
+        request: Request<Incoming>,
+    ) -> Response<ResponseBody> {
+        client.served.set(true);
+        client
+            .ends_by_close
+            .set(request.version() == Version::HTTP_10);
+        let (head, body) = request.into_parts();
+        let findings = client.findings.get();
+        let mut response = match self.decide(&head, findings) {
+            Decision::Forward => self.forward(client.uid, head, body).await,
+            Decision::Refuse(refusal) => refuse(client.uid, refusal),
+            Decision::Shutdown => {
+                log::line(format_args!(
+                    "stopping: GET /shutdown by uid={}",
+                    Uid(client.uid)
+                ));
+                self.stop.begin();
+                Response::new(ResponseBody::from(hyper::body::Bytes::new()))
+            }
+        };
+        if findings.chunked || findings.fragment || findings.two_framings {
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    fn decide(&self, head: &Parts, findings: Findings) -> Decision {
+        if findings.two_framings {
+            let message = "a request has a Content-Length or a Transfer-Encoding, never both";
+            return Decision::Refuse(Refusal::malformed(message));
+        }
+        if findings.fragment {
+            return Decision::Refuse(Refusal::malformed("a request target has no fragment ('#')"));
+        }
+        filter::decide(head, self.http_shutdown)
+    }
+
+    async fn forward(
+        &self,
+        uid: Option<u32>,
+        head: Parts,
+        body: Incoming,
+    ) -> Response<ResponseBody> {
+        let (body, state) = RequestBody::new(body);
+        let mut record = Record::new(uid, state);
+        let mut request = Request::new(body);
+        *request.method_mut() = head.method;
+        *request.uri_mut() = self.target.origin_form.clone();
+        let placeholder = self.upstream.injection().placeholder();
+        *request.headers_mut() =
+            headers::for_upstream(head.headers, placeholder, &self.target.host_header);
+
+        match self.upstream.send(request).await {
+            Ok((link, response)) => {
+                let (mut head, body) = response.into_parts();
+                head.headers = headers::for_client(head.headers);
+                head.version = Version::HTTP_11;
+                record.status(head.status.as_u16());
+                let relay = Relay::new(body, link, Rc::clone(&self.upstream), record);
+                Response::from_parts(head, ResponseBody::Relayed(Box::new(relay)))
+            }
+            Err(error) => failure(record, &error),
+        }
+    }
+}
+
+fn refuse(uid: Option<u32>, refusal: Refusal) -> Response<ResponseBody> {
+    let status = refusal.status.as_u16();
+    log::line(format_args!(
+        "refused uid={} status={status} reason={:?}",
+        Uid(uid),
+        refusal.message
+    ));
+    refusal.response()
+}
+
+/// The answer where the upstream has none: the step that failed, in plain words; the rest is logged.
+fn failure(mut record: Record, error: &UpstreamError) -> Response<ResponseBody> {
+    let (status, code, message, detail) = match error {
+        UpstreamError::Connect(error) => {
+            let status = match error {
+                ConnectError::Timeout => StatusCode::GATEWAY_TIMEOUT,
+                _ => StatusCode::BAD_GATEWAY,
+            };
+            (
+                status,
+                "upstream_unreachable",
+                error.to_string(),
+                format!("{error}: {}", error.detail()),
+            )
+        }
+        UpstreamError::Exchange(error) => {
+            let detail = with_sources(error);
+            if record.request().progress() == Progress::Failed {
+                let message = "the request's body broke off or is malformed";
+                (
+                    StatusCode::BAD_REQUEST,
+                    "malformed_request",
+                    message.to_owned(),
+                    detail,
+                )
+            } else {
+                let message = if error.is_parse() {
+                    "the upstream's answer is not HTTP that can be passed on (protocol)"
+                } else {
+                    "the upstream closed the connection before it answered (protocol)"
+                };
+                (
+                    StatusCode::BAD_GATEWAY,
+                    "upstream_failed",
+                    message.to_owned(),
+                    detail,
+                )
+            }
+        }
+    };
+    record.failed(status.as_u16(), detail);
+    error_response(status, code, &message)
+}
