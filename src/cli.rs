@@ -35,6 +35,10 @@ pub struct Arguments {
     /// PEM file with certificates to trust for the upstream beside the built-in roots
     #[arg(long, value_name = "FILE")]
     pub upstream_ca: Option<PathBuf>,
+
+    /// Local user to serve, nobody else then: a name, a uid or @ and a group (Linux; repeatable)
+    #[arg(long, value_name = "NAME|UID|@GROUP")]
+    pub allow_user: Vec<String>,
 }
 
 /// A sentence on what is wrong with the command line.

@@ -31,13 +31,10 @@ const LINGER_PAUSE: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 256 << 20;
 
 /// Serves one client until either side is done.
-pub async fn serve(stream: TcpStream, uid: Option<u32>, proxy: Rc<Proxy>, stop: Rc<Stop>) {
+pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
-    let client = Rc::new(Client {
-        uid,
-        ..Client::default()
-    });
+    let client = Rc::new(proxy.admit(&stream).await);
     let stream = ClientStream {
         tcp: stream,
         scanner: Scanner::default(),

@@ -7,6 +7,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode, Version};
+use tokio::net::TcpStream;
 
 use crate::body::{Progress, Relay, RequestBody, ResponseBody};
 use crate::connector::{ConnectError, with_sources};
@@ -14,6 +15,7 @@ use crate::filter::{self, Decision};
 use crate::framing::Findings;
 use crate::headers;
 use crate::log::{self, Record, Uid};
+use crate::peer::PeerCheck;
 use crate::refusal::{Refusal, error_response};
 use crate::stop::Stop;
 use crate::target::Target;
@@ -24,6 +26,8 @@ use crate::upstream::{Upstream, UpstreamError};
 pub struct Client {
     /// The uid of the process at the other end, where it was asked for.
     pub uid: Option<u32>,
+    /// Whether that user may not be served.
+    pub is_refused: bool,
     /// What the second look at its heads found.
     pub findings: Cell<Findings>,
     /// Whether it has sent a request.
@@ -38,6 +42,7 @@ pub struct Proxy {
     target: Target,
     upstream: Rc<Upstream>,
     http_shutdown: bool,
+    peer_check: Option<PeerCheck>,
     stop: Rc<Stop>,
 }
 
@@ -48,13 +53,28 @@ impl Proxy {
         target: Target,
         upstream: Rc<Upstream>,
         http_shutdown: bool,
+        peer_check: Option<PeerCheck>,
         stop: Rc<Stop>,
     ) -> Self {
         Self {
             target,
             upstream,
             http_shutdown,
+            peer_check,
             stop,
+        }
+    }
+
+    /// Finds out who a new client is and whether it may be served.
+    pub async fn admit(&self, stream: &TcpStream) -> Client {
+        let Some(check) = &self.peer_check else {
+            return Client::default();
+        };
+        let (uid, is_allowed) = check.admit(stream).await;
+        Client {
+            uid,
+            is_refused: !is_allowed,
+            ..Client::default()
         }
     }
 
@@ -70,7 +90,7 @@ impl Proxy {
             .set(request.version() == Version::HTTP_10);
         let (head, body) = request.into_parts();
         let findings = client.findings.get();
-        let mut response = match self.decide(&head, findings) {
+        let mut response = match self.decide(&head, client) {
             Decision::Forward => self.forward(client.uid, head, body).await,
             Decision::Refuse(refusal) => refuse(client.uid, refusal),
             Decision::Shutdown => {
@@ -90,7 +110,12 @@ impl Proxy {
         response
     }
 
-    fn decide(&self, head: &Parts, findings: Findings) -> Decision {
+    fn decide(&self, head: &Parts, client: &Client) -> Decision {
+        if client.is_refused {
+            let message = "this user may not use this proxy, or its connection was closed too early to tell whose it is";
+            return Decision::Refuse(Refusal::forbidden("user_not_allowed", message));
+        }
+        let findings = client.findings.get();
         if findings.two_framings {
             let message = "a request has a Content-Length or a Transfer-Encoding, never both";
             return Decision::Refuse(Refusal::malformed(message));

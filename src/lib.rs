@@ -6,11 +6,12 @@
 //! | step | modules |
 //! | --- | --- |
 //! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
-//! | a client comes in | [`listener`], [`connection`], [`framing`] |
+//! | a client comes in | [`listener`], [`peer`], [`connection`], [`framing`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
 //! | and goes up | [`exchange`], [`headers`], [`upstream`], [`connector`], [`injection`] |
 //! | the answer comes back | [`body`], [`log`] |
 
+pub mod allow_list;
 pub mod body;
 pub mod cli;
 pub mod connection;
@@ -24,8 +25,11 @@ pub mod headers;
 pub mod injection;
 pub mod listener;
 pub mod log;
+pub mod peer;
 pub mod refusal;
 pub mod server_info;
+#[cfg(target_os = "linux")]
+pub mod sock_diag;
 pub mod stop;
 pub mod target;
 mod terminal;
@@ -33,14 +37,17 @@ pub mod upstream;
 
 use std::rc::Rc;
 
+use sd_notify::NotifyState;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::allow_list::AllowList;
 use crate::cli::Arguments;
 use crate::connector::Connector;
 use crate::credential::Credential;
 use crate::exchange::Proxy;
 use crate::injection::Injection;
+use crate::peer::PeerCheck;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
 use crate::target::Target;
@@ -63,6 +70,7 @@ pub const MAX_HEADERS: usize = 128;
 pub fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
     let proxy = target::outbound_proxy(&target, |name| std::env::var_os(name))?;
+    let allowed = AllowList::parse(&arguments.allow_user)?;
     let connector = Connector::new(&target, proxy, arguments.upstream_ca.as_deref())?;
     let limit = listener::connection_limit();
     let runtime = Builder::new_current_thread()
@@ -78,37 +86,44 @@ pub fn run(arguments: &Arguments) -> Result<(), String> {
     }
     let injection = Injection::new(credential)?;
 
-    let listener = listener::bind(arguments.port.unwrap_or(0))?;
-    let address = listener
-        .local_addr()
-        .map_err(|error| format!("cannot tell the port: {error}"))?;
-    listener
-        .set_nonblocking(true)
-        .map_err(|error| format!("cannot use the listening socket: {error}"))?;
-    let _server_info = match &arguments.server_info {
-        Some(path) => Some(ServerInfo::write(path, address.port())?),
-        None => None,
-    };
+    let listener = listener::open(arguments.port)?;
+    let unusable = |error| format!("cannot use the listening socket: {error}");
+    let address = listener.local_addr().map_err(unusable)?;
+    listener.set_nonblocking(true).map_err(unusable)?;
+    let peer_check = PeerCheck::new(allowed, address)?;
 
     runtime.block_on(async {
         let stop = Rc::new(Stop::default());
         stop_on_signals(&stop).map_err(|error| format!("cannot handle signals: {error}"))?;
-        let listener = tokio::net::TcpListener::from_std(listener)
-            .map_err(|error| format!("cannot use the listening socket: {error}"))?;
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
         let upstream = Rc::new(Upstream::new(connector, injection));
         let watched = Rc::clone(&upstream);
         tokio::task::spawn_local(async move { watched.watch().await });
-        let proxy = Rc::new(Proxy::new(
+        let proxy = Proxy::new(
             target,
             upstream,
             arguments.http_shutdown,
+            peer_check,
             Rc::clone(&stop),
-        ));
+        );
+        let _server_info = match &arguments.server_info {
+            Some(path) => Some(ServerInfo::write(path, address.port())?),
+            None => None,
+        };
         log::line(format_args!("listening on http://{address}"));
-        listener::run(listener, proxy, stop, limit).await;
+        tell_systemd(&NotifyState::Ready);
+        listener::run(listener, Rc::new(proxy), stop, limit).await;
         log::line(format_args!("stopped"));
         Ok(())
     })
+}
+
+/// Tells systemd, where it wants to know (sd_notify(3)). Without it, the unit will time out, and the
+/// log says why.
+fn tell_systemd(state: &NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
+        log::line(format_args!("cannot notify systemd: {error}"));
+    }
 }
 
 /// The first SIGTERM or SIGINT begins the end; the second is the end.
@@ -125,6 +140,7 @@ fn stop_on_signals(stop: &Rc<Stop>) -> std::io::Result<()> {
                 log::line(format_args!(
                     "stopping: requests in flight may finish; a second signal ends them"
                 ));
+                tell_systemd(&NotifyState::Stopping);
                 stop.begin();
             }
         });

@@ -27,12 +27,68 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// How long streams in flight may go on after the end has begun.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Opens the listening socket on 127.0.0.1.
+/// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one.
 ///
 /// # Errors
 ///
-/// A sentence, where the port is taken or may not be used.
-pub fn bind(port: u16) -> Result<std::net::TcpListener, String> {
+/// A sentence: `port` is given beside a socket, is taken or may not be used, or the socket is not the
+/// one that listens on loopback.
+pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
+    let unusable =
+        |error: io::Error| format!("the sockets handed over in LISTEN_FDS can't be used: {error}");
+    let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
+    match (inherited.len(), inherited.next(), port) {
+        (0, ..) => bind(port.unwrap_or(0)),
+        (1, Some(fd), None) => adopt(fd).map_err(unusable),
+        (1, ..) => Err(
+            "--port is given, but the socket comes from systemd (LISTEN_FDS): leave --port out, \
+                        the port is set in the socket unit"
+                .into(),
+        ),
+        (count, ..) => Err(format!(
+            "LISTEN_FDS hands over {count} sockets: configure exactly one"
+        )),
+    }
+}
+
+/// Takes over a socket that was passed to this process.
+#[allow(unsafe_code)]
+fn adopt(fd: std::os::fd::RawFd) -> io::Result<std::net::TcpListener> {
+    let option = |option| -> io::Result<libc::c_int> {
+        let mut value = 0;
+        let mut size = size_of_val(&value) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `size` bytes to `value`.
+        let returned = unsafe {
+            libc::getsockopt(
+                fd,
+                libc::SOL_SOCKET,
+                option,
+                std::ptr::from_mut(&mut value).cast(),
+                &mut size,
+            )
+        };
+        if returned == 0 {
+            Ok(value)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    if option(libc::SO_TYPE)? != libc::SOCK_STREAM || option(libc::SO_ACCEPTCONN)? == 0 {
+        return Err(io::Error::other("it is no listening stream socket"));
+    }
+    // SAFETY: the descriptor is open, as the calls above showed, and by sd_listen_fds(3) it is this
+    // process's to use; it is taken once, here.
+    let listener = unsafe { <std::net::TcpListener as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    if !listener.local_addr()?.ip().is_loopback() {
+        return Err(io::Error::other(
+            "it listens on more than loopback, where others could use the key",
+        ));
+    }
+    Ok(listener)
+}
+
+/// Opens a listening socket on 127.0.0.1.
+fn bind(port: u16) -> Result<std::net::TcpListener, String> {
     // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
     std::net::TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
@@ -82,7 +138,7 @@ pub async fn run(listener: TcpListener, proxy: Rc<Proxy>, stop: Rc<Stop>, limit:
                 Ok((stream, _)) => {
                     let (proxy, stop) = (Rc::clone(&proxy), Rc::clone(&stop));
                     tokio::task::spawn_local(async move {
-                        connection::serve(stream, None, proxy, stop).await;
+                        connection::serve(stream, proxy, stop).await;
                         drop(place);
                     });
                 }
