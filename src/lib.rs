@@ -35,8 +35,11 @@ pub mod target;
 mod terminal;
 pub mod upstream;
 
+use std::ffi::OsString;
+use std::process::ExitCode;
 use std::rc::Rc;
 
+use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{SignalKind, signal};
@@ -59,15 +62,43 @@ pub const MAX_HEAD_BYTES: usize = 64 << 10;
 /// The most headers in a head.
 pub const MAX_HEADERS: usize = 128;
 
+/// The status for a command line that can't be understood, as with clap's own.
+const BAD_USAGE: u8 = 2;
+
+/// The program: hardens the process, reads the command line (its first item is the program's name)
+/// and runs the proxy. To be called first of all in a process.
+///
+/// Gives status 0 after a clean end, 2 for a bad command line and 1 for anything else that is wrong,
+/// with one sentence on stderr.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    if let Err(sentence) = hardening::harden() {
+        return fail(&sentence, 1);
+    }
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) if !error.use_stderr() => {
+            // Help or version. A reader that is gone is no reason to fail.
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&cli::explain(&error), BAD_USAGE),
+    };
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => fail(&sentence, 1),
+    }
+}
+
+fn fail(sentence: &str, status: u8) -> ExitCode {
+    log::line(format_args!("codex-responses-api-proxy: {sentence}"));
+    ExitCode::from(status)
+}
+
 /// Runs the proxy until it is asked to end.
 ///
-/// The process must have been hardened ([`hardening::harden`]). Everything that can be wrong without
-/// the key is found before the key is asked for.
-///
-/// # Errors
-///
-/// One sentence on what is wrong and what to do; never with the key in it.
-pub fn run(arguments: &Arguments) -> Result<(), String> {
+/// Everything that can be wrong without the key is found before the key is asked for. An error is one
+/// sentence on what is wrong and what to do; never with the key in it.
+fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
     let proxy = target::outbound_proxy(&target, |name| std::env::var_os(name))?;
     let allowed = AllowList::parse(&arguments.allow_user)?;
