@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 
+use crate::dump::Tap;
 use crate::log::Record;
 use crate::upstream::{Link, Upstream};
 
@@ -47,12 +48,13 @@ impl RequestState {
 pub struct RequestBody {
     client: Incoming,
     state: Rc<RequestState>,
+    tap: Option<Tap>,
 }
 
 impl RequestBody {
-    /// Wraps what comes from the client; the state tells how it fares.
+    /// Wraps what comes from the client, with a copy to `tap`; the state tells how it fares.
     #[must_use]
-    pub fn new(client: Incoming) -> (Self, Rc<RequestState>) {
+    pub fn new(client: Incoming, tap: Option<Tap>) -> (Self, Rc<RequestState>) {
         let progress = if client.is_end_stream() {
             Progress::Complete
         } else {
@@ -66,6 +68,7 @@ impl RequestBody {
             Self {
                 client,
                 state: Rc::clone(&state),
+                tap,
             },
             state,
         )
@@ -85,6 +88,7 @@ impl Body for RequestBody {
         match &frame {
             Some(Ok(frame)) => {
                 this.state.bytes.set(this.state.bytes.get() + length(frame));
+                copy(frame, &mut this.tap);
                 if this.client.is_end_stream() {
                     this.state.progress.set(Progress::Complete);
                 }
@@ -117,6 +121,12 @@ fn poll_data(
     }
 }
 
+fn copy(frame: &Frame<Bytes>, tap: &mut Option<Tap>) {
+    if let (Some(tap), Some(data)) = (tap, frame.data_ref()) {
+        tap.data(data);
+    }
+}
+
 fn length(frame: &Frame<Bytes>) -> u64 {
     frame.data_ref().map_or(0, |data| data.len() as u64)
 }
@@ -142,17 +152,25 @@ pub struct Relay {
     link: Option<Link>,
     upstream: Rc<Upstream>,
     record: Record,
+    tap: Option<Tap>,
 }
 
 impl Relay {
-    /// Ties the answer's body to the link it comes over.
+    /// Ties the answer's body to the link it comes over, with a copy to `tap`.
     #[must_use]
-    pub fn new(answer: Incoming, link: Link, upstream: Rc<Upstream>, record: Record) -> Self {
+    pub fn new(
+        answer: Incoming,
+        link: Link,
+        upstream: Rc<Upstream>,
+        record: Record,
+        tap: Option<Tap>,
+    ) -> Self {
         let mut relay = Self {
             answer,
             link: Some(link),
             upstream,
             record,
+            tap,
         };
         if relay.answer.is_end_stream() {
             relay.finish();
@@ -166,6 +184,7 @@ impl Relay {
     /// for the rest for ever), so it is closed.
     fn finish(&mut self) {
         self.record.complete();
+        self.tap = None;
         if let Some(link) = self.link.take()
             && self.record.request().progress() == Progress::Complete
         {
@@ -197,6 +216,7 @@ impl Body for ResponseBody {
         match &frame {
             Some(Ok(frame)) => {
                 relay.record.sent(length(frame));
+                copy(frame, &mut relay.tap);
                 if relay.answer.is_end_stream() {
                     relay.finish();
                 }

@@ -39,6 +39,10 @@ pub struct Arguments {
     /// Local user to serve, nobody else then: a name, a uid or @ and a group (Linux; repeatable)
     #[arg(long, value_name = "NAME|UID|@GROUP")]
     pub allow_user: Vec<String>,
+
+    /// Folder to write each request and answer to, as JSON files: they hold prompts
+    #[arg(long, value_name = "DIR")]
+    pub dump_dir: Option<PathBuf>,
 }
 
 /// A sentence on what is wrong with the command line.

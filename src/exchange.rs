@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::body::{Progress, Relay, RequestBody, ResponseBody};
 use crate::connector::{ConnectError, with_sources};
+use crate::dump::Dumper;
 use crate::filter::{self, Decision};
 use crate::framing::Findings;
 use crate::headers;
@@ -43,6 +44,7 @@ pub struct Proxy {
     upstream: Rc<Upstream>,
     http_shutdown: bool,
     peer_check: Option<PeerCheck>,
+    dumper: Option<Dumper>,
     stop: Rc<Stop>,
 }
 
@@ -54,6 +56,7 @@ impl Proxy {
         upstream: Rc<Upstream>,
         http_shutdown: bool,
         peer_check: Option<PeerCheck>,
+        dumper: Option<Dumper>,
         stop: Rc<Stop>,
     ) -> Self {
         Self {
@@ -61,6 +64,7 @@ impl Proxy {
             upstream,
             http_shutdown,
             peer_check,
+            dumper,
             stop,
         }
     }
@@ -132,7 +136,11 @@ impl Proxy {
         head: Parts,
         body: Incoming,
     ) -> Response<ResponseBody> {
-        let (body, state) = RequestBody::new(body);
+        let dump = |dumper: &Dumper| {
+            dumper.request(head.method.as_str(), &head.uri.to_string(), &head.headers)
+        };
+        let (request_tap, dump) = self.dumper.as_ref().map(dump).unzip();
+        let (body, state) = RequestBody::new(body, request_tap);
         let mut record = Record::new(uid, state);
         let mut request = Request::new(body);
         *request.method_mut() = head.method;
@@ -147,7 +155,8 @@ impl Proxy {
                 head.headers = headers::for_client(head.headers);
                 head.version = Version::HTTP_11;
                 record.status(head.status.as_u16());
-                let relay = Relay::new(body, link, Rc::clone(&self.upstream), record);
+                let tap = dump.map(|dump| dump.response(head.status.as_u16(), &head.headers));
+                let relay = Relay::new(body, link, Rc::clone(&self.upstream), record, tap);
                 Response::from_parts(head, ResponseBody::Relayed(Box::new(relay)))
             }
             Err(error) => failure(record, &error),

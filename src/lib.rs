@@ -9,7 +9,7 @@
 //! | a client comes in | [`listener`], [`peer`], [`connection`], [`framing`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
 //! | and goes up | [`exchange`], [`headers`], [`upstream`], [`connector`], [`injection`] |
-//! | the answer comes back | [`body`], [`log`] |
+//! | the answer comes back | [`body`], [`log`], [`dump`] |
 
 pub mod allow_list;
 pub mod body;
@@ -17,6 +17,7 @@ pub mod cli;
 pub mod connection;
 pub mod connector;
 pub mod credential;
+pub mod dump;
 pub mod exchange;
 pub mod filter;
 pub mod framing;
@@ -48,6 +49,7 @@ use crate::allow_list::AllowList;
 use crate::cli::Arguments;
 use crate::connector::Connector;
 use crate::credential::Credential;
+use crate::dump::Dumper;
 use crate::exchange::Proxy;
 use crate::injection::Injection;
 use crate::peer::PeerCheck;
@@ -122,6 +124,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let address = listener.local_addr().map_err(unusable)?;
     listener.set_nonblocking(true).map_err(unusable)?;
     let peer_check = PeerCheck::new(allowed, address)?;
+    let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
 
     runtime.block_on(async {
         let stop = Rc::new(Stop::default());
@@ -135,6 +138,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             upstream,
             arguments.http_shutdown,
             peer_check,
+            dumper,
             Rc::clone(&stop),
         );
         let _server_info = match &arguments.server_info {
