@@ -69,13 +69,25 @@ impl Injection {
 
 /// Tells an [`InjectingStream`] that a request is about to be written to it.
 #[derive(Clone, Default)]
-pub struct Arm(Rc<Cell<bool>>);
+pub struct Arm(Rc<Cell<Armed>>);
+
+/// Whether a placeholder is expected.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Armed {
+    /// No: a request's head is out.
+    #[default]
+    No,
+    /// Yes, and the request has not begun.
+    Anew,
+    /// Yes, in the request that has begun.
+    Yes,
+}
 
 impl Arm {
     /// The next placeholder that is written is replaced, and only that one: what follows is a body,
     /// and bodies are nobody's to change.
     pub fn next_request(&self) {
-        self.0.set(true);
+        self.0.set(Armed::Anew);
     }
 }
 
@@ -196,7 +208,7 @@ impl<S: AsyncWrite + Unpin> InjectingStream<S> {
             return Poll::Ready(Ok(count));
         }
         let sent = count - start;
-        self.arm.0.set(false);
+        self.arm.0.set(Armed::No);
         self.matched = 0;
         if sent < credential.len() {
             self.owed = Some(Owed::Credential(sent..credential.len()));
@@ -221,9 +233,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for InjectingStream<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if this.arm.0.get() == Armed::Anew {
+            this.release();
+            this.arm.0.set(Armed::Yes);
+        }
         loop {
             ready!(this.poll_owed(cx))?;
-            if !this.arm.0.get() {
+            if this.arm.0.get() == Armed::No {
                 return Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
             }
             match this.find(bufs) {
