@@ -40,11 +40,8 @@ impl Injection {
     ///
     /// When the system has no random bytes to give.
     pub fn new(credential: Credential) -> Result<Self, String> {
-        let mut random = [0; PLACEHOLDER_ENTROPY];
-        rustls::crypto::aws_lc_rs::default_provider()
-            .secure_random
-            .fill(&mut random)
-            .map_err(|_| "cannot get random bytes from the system".to_owned())?;
+        let random = random_bytes()
+            .map_err(|error| format!("cannot get random bytes from the system: {error}"))?;
         Ok(Self::with_random(credential, &random))
     }
 
@@ -64,6 +61,21 @@ impl Injection {
     pub fn placeholder(&self) -> HeaderValue {
         HeaderValue::from_bytes(&self.placeholder)
             .expect("a mark and hex digits are a header value")
+    }
+}
+
+/// Random bytes from the system (getentropy(3)).
+///
+/// Not from the TLS library: its generator gathers entropy of its own first, for some 40 ms.
+#[allow(unsafe_code)]
+fn random_bytes() -> io::Result<[u8; PLACEHOLDER_ENTROPY]> {
+    let mut bytes = [0; PLACEHOLDER_ENTROPY];
+    // SAFETY: the call writes `bytes.len()` bytes to `bytes`.
+    let returned = unsafe { libc::getentropy(bytes.as_mut_ptr().cast(), bytes.len()) };
+    if returned == 0 {
+        Ok(bytes)
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -132,7 +132,10 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
         let upstream = Rc::new(Upstream::new(connector, injection));
         let watched = Rc::clone(&upstream);
-        tokio::task::spawn_local(async move { watched.watch().await });
+        tokio::task::spawn_local(async move {
+            watched.warm_up();
+            watched.watch().await;
+        });
         let proxy = Proxy::new(
             target,
             upstream,

@@ -1,7 +1,8 @@
 //! The listening socket: where it comes from, and who gets in when.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,10 @@ const MAX_CONNECTIONS: usize = 16_384;
 /// Descriptors that are never used for clients: standard streams, listener, event loop, name service,
 /// idle upstream connections that are just being closed.
 const RESERVED_DESCRIPTORS: usize = 24;
+
+/// How many connections may wait to be accepted. std's 128 are too few for a burst: what comes on top
+/// is not refused, but tries again only after a second.
+const BACKLOG: libc::c_int = 4096;
 
 /// How long to wait when the system has no descriptor or memory for another connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -53,7 +58,7 @@ pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
 
 /// Takes over a socket that was passed to this process.
 #[allow(unsafe_code)]
-fn adopt(fd: std::os::fd::RawFd) -> io::Result<std::net::TcpListener> {
+fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
     let option = |option| -> io::Result<libc::c_int> {
         let mut value = 0;
         let mut size = size_of_val(&value) as libc::socklen_t;
@@ -78,7 +83,7 @@ fn adopt(fd: std::os::fd::RawFd) -> io::Result<std::net::TcpListener> {
     }
     // SAFETY: the descriptor is open, as the calls above showed, and by sd_listen_fds(3) it is this
     // process's to use; it is taken once, here.
-    let listener = unsafe { <std::net::TcpListener as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    let listener = unsafe { std::net::TcpListener::from_raw_fd(fd) };
     if !listener.local_addr()?.ip().is_loopback() {
         return Err(io::Error::other(
             "it listens on more than loopback, where others could use the key",
@@ -88,14 +93,19 @@ fn adopt(fd: std::os::fd::RawFd) -> io::Result<std::net::TcpListener> {
 }
 
 /// Opens a listening socket on 127.0.0.1.
+#[allow(unsafe_code)]
 fn bind(port: u16) -> Result<std::net::TcpListener, String> {
     // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
-    std::net::TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(|error| match error.kind() {
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
             format!("port {port} on 127.0.0.1 is taken: choose another with --port, or leave it out for a free one")
         }
         _ => format!("cannot listen on 127.0.0.1 port {port}: {error}"),
-    })
+    })?;
+    // SAFETY: the call takes a descriptor, which `listener` keeps open, and a number. It can fail
+    // only where the first one, by std, would have.
+    unsafe { libc::listen(listener.as_raw_fd(), BACKLOG) };
+    Ok(listener)
 }
 
 /// Raises `RLIMIT_NOFILE` to its hard limit and says how many clients that is enough for: each may

@@ -109,6 +109,11 @@ impl Upstream {
         }
     }
 
+    /// Does what the first connection would have to wait for.
+    pub fn warm_up(&self) {
+        self.connector.warm_up();
+    }
+
     /// What stands for the credential in a request.
     #[must_use]
     pub fn injection(&self) -> &Injection {
