@@ -247,7 +247,8 @@ impl Outcome {
             ),
             ("help", program().arg("--help")),
         ]
-        .map(|(name, launch)| (name.to_owned(), launch.finish().status.code()))
+        .map(|(name, launch)| (name.to_owned(), launch.spawn()))
+        .map(|(name, run)| (name, run.wait().status.code()))
         .into();
 
         Self {

@@ -506,56 +506,71 @@ fn a_request_that_was_sent_on_a_connection_that_then_closes_is_not_sent_again() 
 fn an_answer_that_comes_before_the_body_is_there_reaches_the_client() {
     let (received, answered) = mpsc::channel::<()>();
     let answered = Mutex::new(answered);
+    let (report, reports) = mpsc::channel();
     let upstream = Upstream::start(move |exchange| {
-        if exchange.head.get("x-early").is_none() {
+        let Some(then) = exchange.head.get("x-then").map(str::to_owned) else {
             return ok(exchange);
-        }
+        };
         exchange.piece()?;
-        exchange.answer(
-            "413 Content Too Large",
-            "Connection: close\r\n",
-            b"too much",
-        )?;
-        // Nothing more is read, so the rest of the body gets stuck on its way.
+        let close = if then == "close" {
+            "Connection: close\r\n"
+        } else {
+            ""
+        };
+        exchange.answer("413 Content Too Large", close, b"too much")?;
+        // Nothing more is read until the client has its answer, so the rest of the body gets stuck on its way.
         answered.lock().unwrap().recv_timeout(PATIENCE).unwrap();
-        exchange.reset()
+        if then == "close" {
+            return exchange.close();
+        }
+        // A connection over which half a request went is of no more use.
+        let end = exchange.body().map(|_| ());
+        report.send(end.is_err()).unwrap();
+        end
     });
     let proxy = Launch::to(&upstream).start();
-    for (name, header) in [
-        ("a known length", "Content-Length: 50000000\r\n"),
-        ("chunks", "Transfer-Encoding: chunked\r\n"),
-    ] {
-        let mut client = Client::connect(proxy.port);
-        let head = client.post_head(&format!("X-Early: 1\r\n{header}"));
-        let mut socket = client.socket().try_clone().unwrap();
-        let sender = thread::spawn(move || {
-            socket.write_all(head.as_bytes())?;
-            let chunk = if head.contains("chunked") {
-                format!("2710\r\n{}\r\n", "x".repeat(10_000))
-            } else {
-                "x".repeat(10_000)
-            };
-            for _ in 0..5_000 {
-                socket.write_all(chunk.as_bytes())?;
+    for then in ["close", "stay"] {
+        for header in [
+            "Content-Length: 50000000\r\n",
+            "Transfer-Encoding: chunked\r\n",
+        ] {
+            let name = format!("{header:?}, then {then}");
+            let mut client = Client::connect(proxy.port);
+            let head = client.post_head(&format!("X-Then: {then}\r\n{header}"));
+            let mut socket = client.socket().try_clone().unwrap();
+            let sender = thread::spawn(move || {
+                socket.write_all(head.as_bytes())?;
+                let piece = "x".repeat(10_000);
+                for _ in 0..5_000 {
+                    match head.contains("chunked") {
+                        true => socket.write_all(format!("2710\r\n{piece}\r\n").as_bytes())?,
+                        false => socket.write_all(piece.as_bytes())?,
+                    }
+                }
+                socket.shutdown(Shutdown::Both)
+            });
+            let response = client
+                .response()
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(
+                (response.status(), response.body),
+                (413, b"too much".into()),
+                "{name}"
+            );
+            let next = Client::connect(proxy.port).ask();
+            let next = next.unwrap_or_else(|error| panic!("{name}: the next request: {error}"));
+            assert_eq!(next.status(), 200, "{name}: the next request");
+            received.send(()).unwrap();
+            if then == "stay" {
+                assert_eq!(
+                    reports.recv_timeout(AT_ONCE),
+                    Ok(true),
+                    "{name}: the connection ends"
+                );
             }
-            io::Result::Ok(())
-        });
-        let response = client
-            .response()
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert_eq!(
-            (response.status(), response.body),
-            (413, b"too much".into()),
-            "{name}"
-        );
-        received.send(()).unwrap();
-        // The client need not send what nobody wants; if it does, that must not hang.
-        drop(client);
-        let _ = sender.join().unwrap();
-        assert_eq!(
-            Client::connect(proxy.port).ask().unwrap().status(),
-            200,
-            "{name}: the next request"
-        );
+            // What nobody wants may be sent or not; it must not hang.
+            drop(client);
+            let _ = sender.join().unwrap();
+        }
     }
 }
