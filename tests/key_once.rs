@@ -98,6 +98,8 @@ fn after_10_000_requests_the_key_is_in_one_locked_page_and_nowhere_else() {
     );
     assert!(upstream.connections() >= CONNECTIONS);
 
+    // A thread that ends meanwhile would take its stack from under the reader.
+    proxy.freeze();
     let memory = memory::Memory::read(proxy.pid());
     assert!(
         memory.bytes() > 1 << 20,

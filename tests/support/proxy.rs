@@ -3,7 +3,7 @@
 use super::{PATIENCE, upstream::Upstream};
 use std::{
     ffi::OsStr,
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::process::CommandExt,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -130,7 +130,7 @@ impl Launch {
         let (end, ended) = mpsc::channel();
         let pid = child.id();
         thread::spawn(move || {
-            wait_for_end(pid);
+            wait_for(pid, libc::WEXITED);
             let _ = end.send(());
         });
         let mut stdin = child.stdin.take();
@@ -218,7 +218,13 @@ impl Proxy {
         // SAFETY: `kill` takes any numbers; the process is our child and not reaped yet, so the id is its.
         #[allow(unsafe_code)]
         let result = unsafe { libc::kill(self.child.id().cast_signed(), signal) };
-        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// Stops it in its tracks, all of its threads, until it is killed.
+    pub(crate) fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+        wait_for(self.pid(), libc::WSTOPPED | libc::WEXITED);
     }
 
     /// Whether it is still running.
@@ -278,18 +284,17 @@ impl Drop for Proxy {
     }
 }
 
-/// Blocks until this child has ended, and leaves it to be waited for.
-fn wait_for_end(pid: u32) {
+/// Blocks until this has happened to a child, and leaves the child as it is.
+fn wait_for(pid: u32, what: libc::c_int) {
     loop {
         // SAFETY: an all-zero `siginfo_t` is a valid one, and the call only fills it in.
         #[allow(unsafe_code)]
         let result = unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();
-            libc::waitid(libc::P_PID, pid, &mut info, libc::WEXITED | libc::WNOWAIT)
+            libc::waitid(libc::P_PID, pid, &mut info, what | libc::WNOWAIT)
         };
         // Interrupted: once more. Anything else, such as a child already reaped by the guard, is an end too.
-        if result == 0 || std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted
-        {
+        if result == 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
             return;
         }
     }
