@@ -30,6 +30,19 @@ pub struct RequestState {
 }
 
 impl RequestState {
+    /// The state of a body that nobody has asked for yet.
+    pub fn of(body: &Incoming) -> Rc<Self> {
+        let progress = if body.is_end_stream() {
+            Progress::Complete
+        } else {
+            Progress::Underway
+        };
+        Rc::new(Self {
+            progress: Cell::new(progress),
+            bytes: Cell::new(0),
+        })
+    }
+
     /// How far the body has come.
     pub fn progress(&self) -> Progress {
         self.progress.get()
@@ -55,15 +68,7 @@ impl RequestBody {
     /// Wraps what comes from the client, with a copy to `tap`; the state tells how it fares.
     #[must_use]
     pub fn new(client: Incoming, tap: Option<Tap>) -> (Self, Rc<RequestState>) {
-        let progress = if client.is_end_stream() {
-            Progress::Complete
-        } else {
-            Progress::Underway
-        };
-        let state = Rc::new(RequestState {
-            progress: Cell::new(progress),
-            bytes: Cell::new(0),
-        });
+        let state = RequestState::of(&client);
         (
             Self {
                 client,

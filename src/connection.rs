@@ -20,8 +20,8 @@ use crate::{MAX_HEAD_BYTES, MAX_HEADERS};
 /// How long a head may take to come, and how long a connection may be idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long after the end has begun a connection that has sent nothing yet may still send a request:
-/// it was made in the belief that it would be served.
+/// How long after the end has begun a connection that has sent nothing yet, or half a head, may still
+/// send a request: it was made in the belief that it would be served.
 const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
 
 /// How long a client that is still sending when its answer is complete may pause, and how much it may
@@ -56,7 +56,7 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
 
     let ending = async {
         stop.begun().await;
-        if !client.served.get() {
+        if client.is_new() || client.in_head.get() {
             tokio::time::sleep(LAST_REQUEST_GRACE).await;
         }
     };
@@ -68,6 +68,9 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
         }
         if !asked_to_end && ending.as_mut().poll(cx).is_ready() {
             asked_to_end = true;
+            if client.in_head.get() && !client.is_busy() {
+                return Poll::Ready(Ok(()));
+            }
             Pin::new(&mut connection).graceful_shutdown();
             return Pin::new(&mut connection).poll(cx);
         }
@@ -79,7 +82,10 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
         Err(_) if client.ends_by_close.get() => {
             let _ = stream.tcp.set_zero_linger();
         }
-        _ if !stream.ended => linger(stream.tcp).await,
+        // An error is a head that is none: nobody knows what follows it.
+        _ if !stream.ended && (outcome.is_err() || client.may_be_sending()) => {
+            linger(stream.tcp).await
+        }
         _ => {}
     }
 }
@@ -121,6 +127,7 @@ impl AsyncRead for ClientStream {
             Poll::Ready(Ok(())) if buf.filled().len() > before => {
                 this.scanner.feed(&buf.filled()[before..]);
                 this.client.findings.set(this.scanner.findings());
+                this.client.in_head.set(this.scanner.is_in_head());
             }
             Poll::Ready(_) => this.ended = true,
             Poll::Pending => {}

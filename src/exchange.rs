@@ -1,6 +1,6 @@
 //! One exchange: a client's request, decided on, forwarded, and its answer on the way back.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use hyper::body::Incoming;
@@ -9,7 +9,7 @@ use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode, Version};
 use tokio::net::TcpStream;
 
-use crate::body::{Progress, Relay, RequestBody, ResponseBody};
+use crate::body::{Progress, Relay, RequestBody, RequestState, ResponseBody};
 use crate::connector::{ConnectError, with_sources};
 use crate::dump::Dumper;
 use crate::filter::{self, Decision};
@@ -31,11 +31,36 @@ pub struct Client {
     pub is_refused: bool,
     /// What the second look at its heads found.
     pub findings: Cell<Findings>,
-    /// Whether it has sent a request.
-    pub served: Cell<bool>,
+    /// Whether it is in the middle of sending a head.
+    pub in_head: Cell<bool>,
+    /// Its last request.
+    pub request: RefCell<Option<Rc<RequestState>>>,
     /// Whether an HTTP/1.0 answer is under way, whose end is the connection's: if it breaks off, the
     /// connection must be reset, or the client would take the part for the whole.
     pub ends_by_close: Cell<bool>,
+}
+
+impl Client {
+    /// Whether it has sent nothing yet.
+    pub fn is_new(&self) -> bool {
+        self.request.borrow().is_none()
+    }
+
+    /// Whether a request of its is being forwarded: then others hold its state, too.
+    pub fn is_busy(&self) -> bool {
+        self.request
+            .borrow()
+            .as_ref()
+            .is_some_and(|request| Rc::strong_count(request) > 1)
+    }
+
+    /// Whether its last request has a body that was not read to its end.
+    pub fn may_be_sending(&self) -> bool {
+        self.request
+            .borrow()
+            .as_ref()
+            .is_some_and(|request| request.progress() != Progress::Complete)
+    }
 }
 
 /// What all exchanges have in common.
@@ -88,16 +113,19 @@ impl Proxy {
         client: &Client,
         request: Request<Incoming>,
     ) -> Response<ResponseBody> {
-        client.served.set(true);
         client
             .ends_by_close
             .set(request.version() == Version::HTTP_10);
         let (head, body) = request.into_parts();
         let findings = client.findings.get();
         let mut response = match self.decide(&head, client) {
-            Decision::Forward => self.forward(client.uid, head, body).await,
-            Decision::Refuse(refusal) => refuse(client.uid, refusal),
+            Decision::Forward => self.forward(client, head, body).await,
+            Decision::Refuse(refusal) => {
+                client.request.replace(Some(RequestState::of(&body)));
+                refuse(client.uid, refusal)
+            }
             Decision::Shutdown => {
+                client.request.replace(Some(RequestState::of(&body)));
                 log::line(format_args!(
                     "stopping: GET /shutdown by uid={}",
                     Uid(client.uid)
@@ -132,7 +160,7 @@ impl Proxy {
 
     async fn forward(
         &self,
-        uid: Option<u32>,
+        client: &Client,
         head: Parts,
         body: Incoming,
     ) -> Response<ResponseBody> {
@@ -141,7 +169,8 @@ impl Proxy {
         };
         let (request_tap, dump) = self.dumper.as_ref().map(dump).unzip();
         let (body, state) = RequestBody::new(body, request_tap);
-        let mut record = Record::new(uid, state);
+        client.request.replace(Some(Rc::clone(&state)));
+        let mut record = Record::new(client.uid, state);
         let mut request = Request::new(body);
         *request.method_mut() = head.method;
         *request.uri_mut() = self.target.origin_form.clone();
@@ -150,6 +179,12 @@ impl Proxy {
             headers::for_upstream(head.headers, placeholder, &self.target.host_header);
 
         match self.upstream.send(request).await {
+            // Nobody asked for another protocol, and what follows would be one (RFC 9110, section 7.8).
+            Ok((_, response)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                let message = "the upstream switched to another protocol unasked (protocol)";
+                record.failed(StatusCode::BAD_GATEWAY.as_u16(), message.to_owned());
+                error_response(StatusCode::BAD_GATEWAY, "upstream_failed", message)
+            }
             Ok((link, response)) => {
                 let (mut head, body) = response.into_parts();
                 head.headers = headers::for_client(head.headers);

@@ -1,14 +1,14 @@
 //! A second look at request heads, for two things that hyper doesn't show.
 //!
-//! hyper resolves a request with both `Transfer-Encoding` and `Content-Length` by dropping the
-//! latter, and a target with a fragment by dropping that. Both are allowed and both are wrong here:
-//! the first is how requests are smuggled (RFC 9112, section 11.2), and the second is no origin-form
-//! target (section 3.2.1), so not the one that is forwarded.
+//! hyper resolves a request with both `Transfer-Encoding` and `Content-Length`, or with the same
+//! length twice, by dropping what is too much, and a target with a fragment by dropping that. All are
+//! allowed and all are wrong here: the first are how requests are smuggled (RFC 9112, section 11.2),
+//! and the last is no origin-form target (section 3.2.1), so not the one that is forwarded.
 
 /// What the heads seen so far on one connection give cause for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
-    /// A head had both `Content-Length` and `Transfer-Encoding`.
+    /// A head had `Content-Length` together with `Transfer-Encoding`, or twice.
     pub two_framings: bool,
     /// A request target had a fragment.
     pub fragment: bool,
@@ -57,6 +57,12 @@ impl Scanner {
     #[must_use]
     pub fn findings(&self) -> Findings {
         self.findings
+    }
+
+    /// Whether a head has begun and not ended.
+    #[must_use]
+    pub fn is_in_head(&self) -> bool {
+        matches!(self.place, Place::Headers) || !self.line.is_empty()
     }
 
     /// Takes the next bytes of the connection.
@@ -127,6 +133,7 @@ impl Scanner {
                     let length = std::str::from_utf8(value.trim_ascii())
                         .ok()
                         .and_then(|value| value.parse().ok());
+                    self.findings.two_framings |= self.length.is_some();
                     self.length = Some(length.unwrap_or(0));
                 }
             }
@@ -156,11 +163,15 @@ mod tests {
             two_framings: true,
             ..chunked
         };
+        let twice = Findings {
+            two_framings: true,
+            ..nothing
+        };
         let fragment = Findings {
             fragment: true,
             ..nothing
         };
-        let cases: [(&str, &str, Findings); 10] = [
+        let cases: [(&str, &str, Findings); 11] = [
             (
                 "plain",
                 "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\na#b",
@@ -201,6 +212,11 @@ mod tests {
                 "a head as a body",
                 "POST / HTTP/1.1\r\nContent-Length: 13\r\n\r\nPOST /# HTTP/\r\n",
                 nothing,
+            ),
+            (
+                "the same length twice",
+                "POST / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+                twice,
             ),
             (
                 "a bad length",

@@ -183,11 +183,14 @@ fn check_proxy(name: &str, value: &str) -> Result<(), String> {
             "{name} names a kind of proxy other than http://: {advice}"
         ));
     }
-    match uri.authority() {
-        Some(authority) if !authority.host().is_empty() && !authority.as_str().ends_with(':') => {
-            Ok(())
-        }
-        _ => Err(format!("{name} has no host: {advice}")),
+    match uri
+        .authority()
+        .and_then(|authority| usable_port(authority, 80))
+    {
+        Some(_) => Ok(()),
+        None => Err(format!(
+            "{name} has no host, or a port that is none: {advice}"
+        )),
     }
 }
 
@@ -356,6 +359,8 @@ mod tests {
             ("https_proxy", "http://se cret"),
             ("ALL_PROXY", "/secret"),
             ("HTTPS_PROXY", "http://secret:"),
+            ("HTTPS_PROXY", "http://secret:port"),
+            ("HTTPS_PROXY", "http://user:secret@host:port"),
             ("NO_PROXY", "*.secret"),
             ("no_proxy", "secret:443"),
             ("NO_PROXY", "10.0.0.0/33"),
