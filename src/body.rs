@@ -184,15 +184,10 @@ impl Relay {
     }
 
     /// The answer is whole: log it, and keep the link.
-    ///
-    /// A link whose request was not sent whole can't be used again (hyper issue 4176: it would wait
-    /// for the rest for ever), so it is closed.
     fn finish(&mut self) {
         self.record.complete();
         self.tap = None;
-        if let Some(link) = self.link.take()
-            && self.record.request().progress() == Progress::Complete
-        {
+        if let Some(link) = self.link.take() {
             self.upstream.keep(link);
         }
     }

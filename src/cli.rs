@@ -67,6 +67,7 @@ pub fn explain(error: &clap::Error) -> String {
         ) => {
             format!("{flag} has no value or one that can't be used: {help}")
         }
+        (ErrorKind::TooManyValues, Some(flag)) => format!("{flag} takes no value: {help}"),
         (ErrorKind::UnknownArgument, _) => match context(ContextKind::SuggestedArg) {
             Some(suggestion) => format!("unknown flag: did you mean {suggestion}?"),
             None => format!(

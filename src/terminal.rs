@@ -26,6 +26,7 @@ extern "C" fn note(signal: libc::c_int) {
 /// A terminal on stdin whose echo is off for as long as this lives.
 pub(crate) struct EchoOff {
     before: libc::termios,
+    mask: libc::sigset_t,
     actions: [libc::sigaction; ENDING_SIGNALS.len()],
 }
 
@@ -43,16 +44,12 @@ impl EchoOff {
             }
             before.assume_init()
         };
-        // SAFETY: all zeroes is a valid sigaction; `note` is async-signal-safe (one atomic store);
-        // no SA_RESTART, so that a read that waits is interrupted.
-        let actions = ENDING_SIGNALS.map(|signal| unsafe {
-            let mut ours: libc::sigaction = std::mem::zeroed();
-            ours.sa_sigaction = note as *const () as libc::sighandler_t;
-            let mut theirs = std::mem::zeroed();
-            libc::sigaction(signal, &ours, &mut theirs);
-            theirs
-        });
-        let echo_off = Self { before, actions };
+        let (mask, actions) = hold_signals();
+        let echo_off = Self {
+            before,
+            mask,
+            actions,
+        };
         let mut quiet = before;
         quiet.c_lflag &= !libc::ECHO;
         quiet.c_lflag |= libc::ECHONL;
@@ -67,19 +64,22 @@ impl EchoOff {
     }
 
     /// read(2) from the terminal. A signal that would end the program does so, after the echo is back.
+    ///
+    /// The signals are held back except while this waits (pselect(2)), so that none is missed.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let mut wait = libc::pollfd {
-                fd: libc::STDIN_FILENO,
-                events: libc::POLLIN,
-                revents: 0,
+            // SAFETY: all zeroes is a valid fd_set, 0 is a descriptor that fits it, and the other
+            // arguments may be null.
+            let ready = unsafe {
+                let mut input: libc::fd_set = std::mem::zeroed();
+                libc::FD_SET(libc::STDIN_FILENO, &mut input);
+                let null = std::ptr::null_mut();
+                libc::pselect(1, &mut input, null, null, std::ptr::null(), &self.mask)
             };
-            // SAFETY: one pollfd, valid for the call.
-            let ready = unsafe { libc::poll(&mut wait, 1, -1) };
             let signal = CAUGHT.swap(0, Ordering::Relaxed);
             if signal != 0 {
                 self.restore();
-                // SAFETY: both take integers; the handlers are the former ones again.
+                // SAFETY: it takes an integer; handlers and mask are the former ones again.
                 unsafe { libc::raise(signal) };
                 return Err(io::Error::from(io::ErrorKind::Interrupted));
             }
@@ -90,12 +90,13 @@ impl EchoOff {
     }
 
     fn restore(&self) {
-        // SAFETY: `before` and `actions` are what the system gave us at the start.
+        // SAFETY: all three are what the system gave us at the start.
         unsafe {
             libc::tcsetattr(libc::STDIN_FILENO, libc::TCSAFLUSH, &self.before);
             for (signal, action) in ENDING_SIGNALS.iter().zip(&self.actions) {
                 libc::sigaction(*signal, action, std::ptr::null_mut());
             }
+            libc::sigprocmask(libc::SIG_SETMASK, &self.mask, std::ptr::null_mut());
         }
     }
 }
@@ -103,5 +104,29 @@ impl EchoOff {
 impl Drop for EchoOff {
     fn drop(&mut self) {
         self.restore();
+    }
+}
+
+/// Blocks the ending signals, and has them noted once they are let through. Gives the former mask and
+/// actions.
+fn hold_signals() -> (libc::sigset_t, [libc::sigaction; ENDING_SIGNALS.len()]) {
+    // SAFETY: all zeroes is a valid sigset_t and sigaction; `note` is async-signal-safe (one atomic
+    // store); no SA_RESTART, so that a wait is interrupted.
+    unsafe {
+        let mut held: libc::sigset_t = std::mem::zeroed();
+        let mut mask: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut held);
+        for signal in ENDING_SIGNALS {
+            libc::sigaddset(&mut held, signal);
+        }
+        libc::sigprocmask(libc::SIG_BLOCK, &held, &mut mask);
+        let actions = ENDING_SIGNALS.map(|signal| {
+            let mut ours: libc::sigaction = std::mem::zeroed();
+            ours.sa_sigaction = note as *const () as libc::sighandler_t;
+            let mut theirs: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, &ours, &mut theirs);
+            theirs
+        });
+        (mask, actions)
     }
 }

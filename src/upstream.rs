@@ -183,7 +183,8 @@ impl Upstream {
         }
     }
 
-    /// Keeps a link whose exchange is over, if it can be used again.
+    /// Keeps a link whose answer is whole, if it can be used again. One whose request was not sent
+    /// whole is not idle: it would wait for the rest for ever (hyper issue 4176), so it is closed.
     pub fn keep(&self, mut link: Link) {
         let (watcher, waits) = &mut *self.watcher.borrow_mut();
         let usable = link.is_idle(&mut Context::from_waker(watcher));
