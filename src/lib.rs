@@ -150,6 +150,11 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         };
         log::line(format_args!("listening on http://{address}"));
         tell_systemd(&NotifyState::Ready);
+        let stopping = Rc::clone(&stop);
+        tokio::task::spawn_local(async move {
+            stopping.begun().await;
+            tell_systemd(&NotifyState::Stopping);
+        });
         listener::run(listener, Rc::new(proxy), stop, limit).await;
         log::line(format_args!("stopped"));
         Ok(())
@@ -178,7 +183,6 @@ fn stop_on_signals(stop: &Rc<Stop>) -> std::io::Result<()> {
                 log::line(format_args!(
                     "stopping: requests in flight may finish; a second signal ends them"
                 ));
-                tell_systemd(&NotifyState::Stopping);
                 stop.begin();
             }
         });
