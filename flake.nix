@@ -1,0 +1,76 @@
+{
+  description = "Lets unprivileged users run Codex without holding the OpenAI API key";
+
+  inputs = {
+    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+    crane.url = "github:ipetkov/crane";
+  };
+
+  outputs =
+    {
+      self,
+      nixpkgs,
+      crane,
+    }:
+    let
+      inherit (nixpkgs) lib;
+      systems = [
+        "x86_64-linux"
+        "aarch64-linux"
+        "aarch64-darwin"
+      ];
+      forEachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
+      build =
+        pkgs:
+        pkgs.callPackage ./nix/package.nix {
+          craneLib = crane.mkLib pkgs;
+        };
+    in
+    {
+      packages = forEachSystem (
+        pkgs:
+        let
+          inherit (build pkgs) package demo;
+        in
+        {
+          default = package;
+          codex-responses-api-proxy = package;
+          inherit demo;
+        }
+        // lib.optionalAttrs pkgs.stdenv.hostPlatform.isLinux {
+          static = (build pkgs.pkgsStatic).package;
+        }
+      );
+
+      checks = forEachSystem (
+        pkgs:
+        import ./nix/checks.nix {
+          inherit self nixpkgs pkgs;
+          built = build pkgs;
+        }
+      );
+
+      nixosModules = {
+        default = self.nixosModules.codex-responses-proxy;
+        codex-responses-proxy = lib.modules.importApply ./nix/module.nix { inherit self; };
+      };
+
+      overlays.default = final: _prev: {
+        codex-responses-proxy = (build final).package;
+      };
+
+      devShells = forEachSystem (pkgs: {
+        default = (crane.mkLib pkgs).devShell {
+          packages = [
+            pkgs.cargo-deny
+            pkgs.cargo-nextest
+            pkgs.deadnix
+            pkgs.nixfmt
+            pkgs.statix
+          ];
+        };
+      });
+
+      formatter = forEachSystem (pkgs: pkgs.nixfmt-tree);
+    };
+}

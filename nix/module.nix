@@ -1,0 +1,281 @@
+{ self }:
+{
+  config,
+  lib,
+  pkgs,
+  utils,
+  ...
+}:
+let
+  inherit (lib) mkEnableOption mkOption types;
+  cfg = config.services.codex-responses-proxy;
+  name = "codex-responses-proxy";
+
+  # systemd reads % in a unit as the start of a specifier
+  escapeSpecifiers = lib.replaceStrings [ "%" ] [ "%%" ];
+
+  keyFile = toString cfg.keyFile;
+  documentation = lib.optional (cfg.package.meta ? homepage) cfg.package.meta.homepage;
+  anyUser = cfg.allowedUsers == [ ];
+
+  # Where secrets are installed by one of these units, nothing else orders it before a service.
+  secretUnits = [
+    "agenix-install-secrets.service"
+    "sops-install-secrets.service"
+  ];
+in
+{
+  options.services.codex-responses-proxy = {
+    enable = mkEnableOption "codex-responses-proxy, which lets unprivileged users run Codex without holding the OpenAI API key";
+
+    package = mkOption {
+      type = types.package;
+      default = self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+      defaultText = lib.literalExpression "codex-responses-proxy.packages.\${pkgs.stdenv.hostPlatform.system}.default";
+      description = "The codex-responses-proxy package to use.";
+    };
+
+    keyFile = mkOption {
+      type = types.externalPath // {
+        description = "absolute path outside the Nix store, which every user can read";
+      };
+      example = lib.literalExpression "config.age.secrets.openai-api-key.path";
+      description = ''
+        File that holds the OpenAI API key and nothing else, on its first line.
+        systemd opens it as root and hands it to the service as its standard
+        input, so it should be readable by root alone: the service's own user
+        can't open it, and needn't.
+
+        This is the path of the decrypted secret on the running machine, such as
+        {option}`config.age.secrets.<name>.path` with agenix or
+        {option}`config.sops.secrets.<name>.path` with sops-nix.
+      '';
+    };
+
+    port = mkOption {
+      type = types.port;
+      default = 8399;
+      description = ''
+        Port on 127.0.0.1 to listen on. systemd holds it as long as
+        {file}`codex-responses-proxy.socket` is active, so that no other user can
+        take it while the service restarts.
+      '';
+    };
+
+    upstreamUrl = mkOption {
+      type = types.str;
+      default = "https://api.openai.com/v1/responses";
+      example = "https://example.openai.azure.com/openai/v1/responses?api-version=preview";
+      description = ''
+        Absolute URL that requests are forwarded to; its query is kept.
+        `http://` is accepted for a loopback host only.
+      '';
+    };
+
+    upstreamCaFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/etc/ssl/certs/company.pem";
+      description = ''
+        PEM bundle of certificates to trust for the upstream, beside the root
+        certificates that are built in. Every user must be able to read it.
+      '';
+    };
+
+    allowedUsers = mkOption {
+      type = types.listOf types.nonEmptyStr;
+      default = [ ];
+      example = [
+        "alice"
+        "@developers"
+      ];
+      description = ''
+        Local users who are served: names, numeric ids, or groups with a leading
+        `@`. The kernel is asked for each connection's owner; everyone else gets
+        a 403. With an empty list every local user is served.
+      '';
+    };
+
+    httpShutdown = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether `GET /shutdown` ends the service. The next connection starts it
+        again.
+      '';
+    };
+
+    environment = mkOption {
+      type = types.attrsOf types.str;
+      default = { };
+      example = {
+        HTTPS_PROXY = "http://proxy.example.com:3128";
+      };
+      description = ''
+        Environment variables of the service, such as {env}`HTTPS_PROXY`,
+        {env}`ALL_PROXY` and {env}`NO_PROXY`. They end up in the Nix store, which
+        every user can read.
+      '';
+    };
+
+    codexConfig.enable = mkEnableOption ''
+      {file}`/etc/codex/config.toml`, which makes Codex use this proxy for every user.
+      A user's own {file}`~/.codex/config.toml` takes precedence over it
+    '';
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = builtins.match "[^\n\\\\]*[^\n\\\\[:space:]]" keyFile != null;
+        message = "services.codex-responses-proxy.keyFile must not hold a newline or a backslash, nor end in a space.";
+      }
+    ];
+
+    # Who owns a connection is asked over these; hosts that lock modules need them early.
+    boot.kernelModules = lib.mkIf (!anyUser) [
+      "inet_diag"
+      "tcp_diag"
+    ];
+
+    environment.etc."codex/config.toml" = lib.mkIf cfg.codexConfig.enable {
+      text = ''
+        # Written by services.codex-responses-proxy.codexConfig
+        model_provider = "${name}"
+
+        [model_providers.${name}]
+        name = "OpenAI through codex-responses-proxy"
+        base_url = "http://127.0.0.1:${toString cfg.port}/v1"
+        wire_api = "responses"
+      '';
+    };
+
+    systemd.sockets.${name} = {
+      description = "Loopback port of the Codex responses proxy";
+      inherit documentation;
+      wantedBy = [ "sockets.target" ];
+      # see the service of that name
+      requires = [ "${name}-port.service" ];
+      after = [ "${name}-port.service" ];
+      listenStreams = [ "127.0.0.1:${toString cfg.port}" ];
+      # The port stays ours however often the service fails to start.
+      socketConfig.TriggerLimitIntervalSec = 0;
+    };
+
+    # A switch to another configuration leaves a changed socket as it was. Stopping it with
+    # every change of the service instead (NixOS's default) would let another user take the
+    # port meanwhile. So the socket hangs on this unit, which changes with the port only.
+    systemd.services."${name}-port" = {
+      description = "Port of the Codex responses proxy, by number";
+      restartTriggers = [ cfg.port ];
+      stopIfChanged = false;
+      enableDefaultPath = false;
+      # these change with every update of nixpkgs
+      environment = {
+        LOCALE_ARCHIVE = lib.mkForce null;
+        TZDIR = lib.mkForce null;
+      };
+      unitConfig.DefaultDependencies = false;
+      conflicts = [ "shutdown.target" ];
+      before = [ "shutdown.target" ];
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = "/bin/sh -c :";
+      };
+    };
+
+    systemd.services.${name} = {
+      description = "Codex responses proxy";
+      inherit documentation;
+      # at boot and not at the first request, so that a missing key shows
+      wantedBy = [ "multi-user.target" ];
+      bindsTo = [ "${name}.socket" ];
+      wants = secretUnits;
+      after = [
+        "${name}.socket"
+        "network.target"
+      ]
+      ++ secretUnits;
+      enableDefaultPath = false;
+      stopIfChanged = false;
+      environment = lib.mapAttrs (_: escapeSpecifiers) cfg.environment;
+      startLimitIntervalSec = 0;
+
+      serviceConfig = {
+        Type = "notify";
+        ExecStart = utils.escapeSystemdExecArgs (
+          [
+            (lib.getExe cfg.package)
+            "--upstream-url"
+            cfg.upstreamUrl
+          ]
+          ++ lib.optionals (cfg.upstreamCaFile != null) [
+            "--upstream-ca"
+            "${cfg.upstreamCaFile}"
+          ]
+          ++ lib.optional cfg.httpShutdown "--http-shutdown"
+          ++ lib.concatMap (user: [
+            "--allow-user"
+            user
+          ]) cfg.allowedUsers
+        );
+        # Opened by systemd, as root; credentials would come too late for that.
+        StandardInput = "file:${escapeSpecifiers keyFile}";
+        Restart = "on-failure";
+        RestartSec = "5s";
+        # streams in flight have 30 s to finish
+        TimeoutStopSec = "40s";
+
+        DynamicUser = true;
+        UMask = "0077";
+
+        # The key's page is locked; nothing else of the process shall reach a disk either.
+        LimitCORE = 0;
+        MemorySwapMax = 0;
+
+        AmbientCapabilities = "";
+        CapabilityBoundingSet = "";
+        DevicePolicy = "strict";
+        KeyringMode = "private";
+        LockPersonality = true;
+        MemoryDenyWriteExecute = true;
+        NoNewPrivileges = true;
+        PrivateDevices = true;
+        PrivateIPC = true;
+        PrivateTmp = true;
+        # Hides other users' ids, which is what the kernel answers with.
+        PrivateUsers = anyUser;
+        ProcSubset = "pid";
+        ProtectClock = true;
+        ProtectControlGroups = true;
+        ProtectHome = true;
+        ProtectHostname = true;
+        ProtectKernelLogs = true;
+        ProtectKernelModules = true;
+        ProtectKernelTunables = true;
+        ProtectProc = "invisible";
+        ProtectSystem = "strict";
+        RemoveIPC = true;
+        RestrictAddressFamilies = [
+          "AF_INET"
+          "AF_INET6"
+          # name resolution and readiness
+          "AF_UNIX"
+        ]
+        ++ lib.optional (!anyUser) "AF_NETLINK";
+        RestrictNamespaces = true;
+        RestrictRealtime = true;
+        RestrictSUIDSGID = true;
+        # the port comes from systemd
+        SocketBindDeny = "any";
+        SystemCallArchitectures = "native";
+        SystemCallErrorNumber = "EPERM";
+        SystemCallFilter = [
+          "@system-service"
+          "~@privileged @resources"
+        ];
+      };
+    };
+  };
+}

@@ -1,0 +1,1 @@
+{ self }: { name = "x"; nodes.machine = { imports = [ self.nixosModules.default ]; }; testScript = ""; }
