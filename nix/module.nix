@@ -243,6 +243,7 @@ in
         NoNewPrivileges = true;
         PrivateDevices = true;
         PrivateIPC = true;
+        PrivateMounts = true;
         PrivateTmp = true;
         # Hides other users' ids, which is what the kernel answers with.
         PrivateUsers = anyUser;

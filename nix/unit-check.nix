@@ -32,7 +32,8 @@ pkgs.runCommand "codex-responses-proxy-unit"
         ${files name units}
         systemd-analyze verify --man=no --recursive-errors=no ${name}/*
         systemd-analyze security --no-pager --offline=true --threshold=${toString bounds.${name}} \
-          ${name}/codex-responses-proxy.service
+          ${name}/codex-responses-proxy.service >${name}.txt || { cat ${name}.txt; exit 1; }
+        tail -n 1 ${name}.txt
       '') rendered
     )
     + "touch $out\n"
