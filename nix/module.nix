@@ -236,7 +236,7 @@ in
 
         AmbientCapabilities = "";
         CapabilityBoundingSet = "";
-        DevicePolicy = "strict";
+        DevicePolicy = "closed";
         KeyringMode = "private";
         LockPersonality = true;
         MemoryDenyWriteExecute = true;

@@ -2,7 +2,6 @@
 {
   lib,
   craneLib,
-  makeWrapper,
 }:
 let
   fs = lib.fileset;
@@ -29,7 +28,8 @@ let
       program
       ++ [
         (fs.maybeMissing ../examples)
-        (fs.maybeMissing ../tests)
+        # the machine test is no part of the crate
+        (fs.difference (fs.maybeMissing ../tests) (fs.maybeMissing ../tests/systemd))
       ]
     );
     deny = source (program ++ [ ../deny.toml ]);
@@ -102,12 +102,7 @@ let
       pname = "codex-responses-proxy-demo";
       cargoBuildExtraArgs = "--example demo";
       doCheck = false;
-      nativeBuildInputs = [ makeWrapper ];
-      postInstall = ''
-        mv $out/bin/demo $out/bin/codex-responses-proxy-demo
-        wrapProgram $out/bin/codex-responses-proxy-demo \
-          --set-default CODEX_RESPONSES_API_PROXY ${lib.getExe package}
-      '';
+      postInstall = "mv $out/bin/demo $out/bin/codex-responses-proxy-demo";
       meta = meta // {
         description = "Shows codex-responses-proxy at work, with no account and no internet";
         mainProgram = "codex-responses-proxy-demo";

@@ -6,35 +6,35 @@
 }:
 let
   inherit (pkgs) lib;
+
   # systemd-analyze's exposure, times ten
   bounds = {
     plain = 11;
+    other-port = 11;
     restricted = 13;
   };
-  files =
-    name: units:
-    lib.concatLines (
-      lib.mapAttrsToList (unit: text: ''
-        install -Dm644 ${builtins.toFile unit text} ${name}/${unit}
-      '') units
-    );
+
+  lay =
+    name:
+    lib.concatMapAttrsStringSep "\n" (
+      path: text: "install -Dm644 ${builtins.toFile (baseNameOf path) text} ${name}/${path}"
+    ) rendered.${name};
 in
 pkgs.runCommand "codex-responses-proxy-unit"
   {
     nativeBuildInputs = [ pkgs.systemd ];
     # the text names it, but has lost the context that would bring it along
     inherit package;
+    passthru = { inherit rendered; };
   }
   (
-    lib.concatLines (
-      lib.mapAttrsToList (name: units: ''
-        echo "${name}:"
-        ${files name units}
-        systemd-analyze verify --man=no --recursive-errors=no ${name}/*
-        systemd-analyze security --no-pager --offline=true --threshold=${toString bounds.${name}} \
-          ${name}/codex-responses-proxy.service >${name}.txt || { cat ${name}.txt; exit 1; }
-        tail -n 1 ${name}.txt
-      '') rendered
-    )
+    lib.concatMapAttrsStringSep "\n" (name: bound: ''
+      echo ${name}:
+      ${lay name}
+      systemd-analyze verify --man=no --recursive-errors=no ${name}/etc/systemd/system/*
+      systemd-analyze security --no-pager --offline=true --threshold=${toString bound} \
+        ${name}/etc/systemd/system/codex-responses-proxy.service >${name}.txt || { cat ${name}.txt; exit 1; }
+      tail -n 1 ${name}.txt
+    '') bounds
     + "touch $out\n"
   )
