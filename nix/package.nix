@@ -12,6 +12,8 @@ let
       fileset = fs.unions files;
     };
 
+  rustFiles = folder: fs.fileFilter (file: file.hasExt "rs") folder;
+
   # What the program is made of. Nothing else changes its store path.
   program = [
     ../Cargo.lock
@@ -22,14 +24,13 @@ let
   ];
   sources = {
     program = source program;
-    demo = source (program ++ [ (fs.maybeMissing ../examples) ]);
+    demo = source (program ++ [ (rustFiles ../examples) ]);
     # everything that cargo compiles
     all = source (
       program
       ++ [
-        (fs.maybeMissing ../examples)
-        # the machine test is no part of the crate
-        (fs.difference (fs.maybeMissing ../tests) (fs.maybeMissing ../tests/systemd))
+        (rustFiles ../examples)
+        (rustFiles ../tests)
       ]
     );
     deny = source (program ++ [ ../deny.toml ]);
