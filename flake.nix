@@ -20,6 +20,20 @@
         "aarch64-darwin"
       ];
       forEachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
+      # Formatter and linters for Nix. On Linux they come from the package set of a NixOS machine: the same
+      # one, but there also where a stand-in for legacyPackages lends the host's tools to builds.
+      nixTools =
+        pkgs:
+        let
+          inherit (pkgs.stdenv.hostPlatform) isLinux system;
+          machine = lib.nixosSystem { modules = [ { nixpkgs.hostPlatform = system; } ]; };
+          tools = if isLinux then machine.pkgs else pkgs;
+        in
+        {
+          inherit (tools) deadnix nixfmt-tree statix;
+          # the same output as the original, with no Haskell compiler to build it
+          nixfmt = tools.nixfmt-rs or tools.nixfmt;
+        };
       build =
         pkgs:
         pkgs.callPackage ./nix/package.nix {
@@ -47,6 +61,7 @@
         import ./nix/checks.nix {
           inherit self nixpkgs pkgs;
           built = build pkgs;
+          inherit (nixTools pkgs) nixfmt;
         }
       );
 
@@ -64,13 +79,19 @@
           packages = [
             pkgs.cargo-deny
             pkgs.cargo-nextest
-            pkgs.deadnix
-            pkgs.nixfmt
-            pkgs.statix
+            (nixTools pkgs).deadnix
+            (nixTools pkgs).nixfmt
+            (nixTools pkgs).statix
           ];
         };
       });
 
-      formatter = forEachSystem (pkgs: pkgs.nixfmt-tree);
+      formatter = forEachSystem (
+        pkgs:
+        let
+          inherit (nixTools pkgs) nixfmt nixfmt-tree;
+        in
+        nixfmt-tree.override { nixfmtPackage = nixfmt; }
+      );
     };
 }

@@ -4,6 +4,7 @@
   nixpkgs,
   pkgs,
   built,
+  nixfmt,
 }:
 let
   inherit (pkgs) lib;
@@ -67,21 +68,19 @@ in
     cargoDenyChecks = "bans licenses sources";
   };
 
-  nixfmt = pkgs.runCommand "codex-responses-proxy-nixfmt" { nativeBuildInputs = [ pkgs.nixfmt ]; } ''
+  nixfmt = pkgs.runCommand "codex-responses-proxy-nixfmt" { nativeBuildInputs = [ nixfmt ]; } ''
     find ${nixFiles} -name '*.nix' -print0 | xargs -0 nixfmt --check
     touch $out
   '';
 }
 // lib.optionalAttrs isLinux {
   # The static build runs, needs no loader and holds no store path at all.
-  static =
-    pkgs.runCommandCC "codex-responses-proxy-static" { nativeBuildInputs = [ pkgs.bintools ]; }
-      ''
-        ${lib.getExe static} --version
-        if readelf -lW ${lib.getExe static} | grep INTERP; then exit 1; fi
-        if grep -aohE '${storePath}' ${lib.getExe static}; then exit 1; fi
-        touch $out
-      '';
+  static = pkgs.runCommandCC "codex-responses-proxy-static" { } ''
+    ${lib.getExe static} --version
+    if readelf -lW ${lib.getExe static} | grep INTERP; then exit 1; fi
+    if grep -aohE '${storePath}' ${lib.getExe static}; then exit 1; fi
+    touch $out
+  '';
 
   unit = import ./unit-check.nix { inherit pkgs package rendered; };
 

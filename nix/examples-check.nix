@@ -69,7 +69,9 @@ let
     let
       inherit (machines.${name}) config;
       failed = lib.filter (x: !x.assertion) config.assertions;
-      text = builtins.unsafeDiscardStringContext config.systemd.units."codex-responses-proxy.service".text;
+      text =
+        builtins.unsafeDiscardStringContext
+          config.systemd.units."codex-responses-proxy.service".text;
     in
     if failed == [ ] then
       builtins.toFile "${name}.service" text

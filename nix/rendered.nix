@@ -36,8 +36,7 @@ let
         ];
       };
       inherit (machine) config;
-      unitFile =
-        unit: lib.nameValuePair "etc/systemd/system/${unit}" config.systemd.units.${unit}.text;
+      unitFile = unit: lib.nameValuePair "etc/systemd/system/${unit}" config.systemd.units.${unit}.text;
       etcFile = path: lib.nameValuePair "etc/${path}" config.environment.etc.${path}.text;
     in
     lib.mapAttrs (_: builtins.unsafeDiscardStringContext) (
