@@ -30,7 +30,7 @@ in
 
     package = mkOption {
       type = types.package;
-      default = self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+      inherit (self.packages.${pkgs.stdenv.hostPlatform.system}) default;
       defaultText = lib.literalExpression "codex-responses-proxy.packages.\${pkgs.stdenv.hostPlatform.system}.default";
       description = "The codex-responses-proxy package to use.";
     };
@@ -150,132 +150,134 @@ in
       '';
     };
 
-    systemd.sockets.${name} = {
-      description = "Loopback port of the Codex responses proxy";
-      inherit documentation;
-      wantedBy = [ "sockets.target" ];
-      # see the service of that name
-      requires = [ "${name}-port.service" ];
-      after = [ "${name}-port.service" ];
-      listenStreams = [ "127.0.0.1:${toString cfg.port}" ];
-      # The port stays ours however often the service fails to start.
-      socketConfig.TriggerLimitIntervalSec = 0;
-    };
-
-    # A switch to another configuration leaves a changed socket as it was. Stopping it with
-    # every change of the service instead (NixOS's default) would let another user take the
-    # port meanwhile. So the socket hangs on this unit, which changes with the port only.
-    systemd.services."${name}-port" = {
-      description = "Port of the Codex responses proxy, by number";
-      restartTriggers = [ cfg.port ];
-      stopIfChanged = false;
-      enableDefaultPath = false;
-      # these change with every update of nixpkgs
-      environment = {
-        LOCALE_ARCHIVE = lib.mkForce null;
-        TZDIR = lib.mkForce null;
+    systemd = {
+      sockets.${name} = {
+        description = "Loopback port of the Codex responses proxy";
+        inherit documentation;
+        wantedBy = [ "sockets.target" ];
+        # see the service of that name
+        requires = [ "${name}-port.service" ];
+        after = [ "${name}-port.service" ];
+        listenStreams = [ "127.0.0.1:${toString cfg.port}" ];
+        # The port stays ours however often the service fails to start.
+        socketConfig.TriggerLimitIntervalSec = 0;
       };
-      unitConfig.DefaultDependencies = false;
-      conflicts = [ "shutdown.target" ];
-      before = [ "shutdown.target" ];
-      serviceConfig = {
-        Type = "oneshot";
-        RemainAfterExit = true;
-        ExecStart = "/bin/sh -c :";
+
+      # A switch to another configuration leaves a changed socket as it was. Stopping it with
+      # every change of the service instead (NixOS's default) would let another user take the
+      # port meanwhile. So the socket hangs on this unit, which changes with the port only.
+      services."${name}-port" = {
+        description = "Port of the Codex responses proxy, by number";
+        restartTriggers = [ cfg.port ];
+        stopIfChanged = false;
+        enableDefaultPath = false;
+        # these change with every update of nixpkgs
+        environment = {
+          LOCALE_ARCHIVE = lib.mkForce null;
+          TZDIR = lib.mkForce null;
+        };
+        unitConfig.DefaultDependencies = false;
+        conflicts = [ "shutdown.target" ];
+        before = [ "shutdown.target" ];
+        serviceConfig = {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          ExecStart = "/bin/sh -c :";
+        };
       };
-    };
 
-    systemd.services.${name} = {
-      description = "Codex responses proxy";
-      inherit documentation;
-      # at boot and not at the first request, so that a missing key shows
-      wantedBy = [ "multi-user.target" ];
-      bindsTo = [ "${name}.socket" ];
-      wants = secretUnits;
-      after = [
-        "${name}.socket"
-        "network.target"
-      ]
-      ++ secretUnits;
-      enableDefaultPath = false;
-      stopIfChanged = false;
-      environment = lib.mapAttrs (_: escapeSpecifiers) cfg.environment;
-      startLimitIntervalSec = 0;
-
-      serviceConfig = {
-        Type = "notify";
-        ExecStart = utils.escapeSystemdExecArgs (
-          [
-            (lib.getExe cfg.package)
-            "--upstream-url"
-            cfg.upstreamUrl
-          ]
-          ++ lib.optionals (cfg.upstreamCaFile != null) [
-            "--upstream-ca"
-            "${cfg.upstreamCaFile}"
-          ]
-          ++ lib.optional cfg.httpShutdown "--http-shutdown"
-          ++ lib.concatMap (user: [
-            "--allow-user"
-            user
-          ]) cfg.allowedUsers
-        );
-        # Opened by systemd, as root; credentials would come too late for that.
-        StandardInput = "file:${escapeSpecifiers keyFile}";
-        Restart = "on-failure";
-        RestartSec = "5s";
-        # streams in flight have 30 s to finish
-        TimeoutStopSec = "40s";
-
-        DynamicUser = true;
-        UMask = "0077";
-
-        # The key's page is locked; nothing else of the process shall reach a disk either.
-        LimitCORE = 0;
-        MemorySwapMax = 0;
-
-        AmbientCapabilities = "";
-        CapabilityBoundingSet = "";
-        DevicePolicy = "closed";
-        KeyringMode = "private";
-        LockPersonality = true;
-        MemoryDenyWriteExecute = true;
-        NoNewPrivileges = true;
-        PrivateDevices = true;
-        PrivateIPC = true;
-        PrivateMounts = true;
-        PrivateTmp = true;
-        # Hides other users' ids, which is what the kernel answers with.
-        PrivateUsers = anyUser;
-        ProcSubset = "pid";
-        ProtectClock = true;
-        ProtectControlGroups = true;
-        ProtectHome = true;
-        ProtectHostname = true;
-        ProtectKernelLogs = true;
-        ProtectKernelModules = true;
-        ProtectKernelTunables = true;
-        ProtectProc = "invisible";
-        ProtectSystem = "strict";
-        RemoveIPC = true;
-        RestrictAddressFamilies = [
-          "AF_INET"
-          "AF_INET6"
-          # name resolution and readiness
-          "AF_UNIX"
+      services.${name} = {
+        description = "Codex responses proxy";
+        inherit documentation;
+        # at boot and not at the first request, so that a missing key shows
+        wantedBy = [ "multi-user.target" ];
+        bindsTo = [ "${name}.socket" ];
+        wants = secretUnits;
+        after = [
+          "${name}.socket"
+          "network.target"
         ]
-        ++ lib.optional (!anyUser) "AF_NETLINK";
-        RestrictNamespaces = true;
-        RestrictRealtime = true;
-        RestrictSUIDSGID = true;
-        # the port comes from systemd
-        SocketBindDeny = "any";
-        SystemCallArchitectures = "native";
-        SystemCallErrorNumber = "EPERM";
-        SystemCallFilter = [
-          "@system-service"
-          "~@privileged @resources"
-        ];
+        ++ secretUnits;
+        enableDefaultPath = false;
+        stopIfChanged = false;
+        environment = lib.mapAttrs (_: escapeSpecifiers) cfg.environment;
+        startLimitIntervalSec = 0;
+
+        serviceConfig = {
+          Type = "notify";
+          ExecStart = utils.escapeSystemdExecArgs (
+            [
+              (lib.getExe cfg.package)
+              "--upstream-url"
+              cfg.upstreamUrl
+            ]
+            ++ lib.optionals (cfg.upstreamCaFile != null) [
+              "--upstream-ca"
+              "${cfg.upstreamCaFile}"
+            ]
+            ++ lib.optional cfg.httpShutdown "--http-shutdown"
+            ++ lib.concatMap (user: [
+              "--allow-user"
+              user
+            ]) cfg.allowedUsers
+          );
+          # Opened by systemd, as root; credentials would come too late for that.
+          StandardInput = "file:${escapeSpecifiers keyFile}";
+          Restart = "on-failure";
+          RestartSec = "5s";
+          # streams in flight have 30 s to finish
+          TimeoutStopSec = "40s";
+
+          DynamicUser = true;
+          UMask = "0077";
+
+          # The key's page is locked; nothing else of the process shall reach a disk either.
+          LimitCORE = 0;
+          MemorySwapMax = 0;
+
+          AmbientCapabilities = "";
+          CapabilityBoundingSet = "";
+          DevicePolicy = "closed";
+          KeyringMode = "private";
+          LockPersonality = true;
+          MemoryDenyWriteExecute = true;
+          NoNewPrivileges = true;
+          PrivateDevices = true;
+          PrivateIPC = true;
+          PrivateMounts = true;
+          PrivateTmp = true;
+          # Hides other users' ids, which is what the kernel answers with.
+          PrivateUsers = anyUser;
+          ProcSubset = "pid";
+          ProtectClock = true;
+          ProtectControlGroups = true;
+          ProtectHome = true;
+          ProtectHostname = true;
+          ProtectKernelLogs = true;
+          ProtectKernelModules = true;
+          ProtectKernelTunables = true;
+          ProtectProc = "invisible";
+          ProtectSystem = "strict";
+          RemoveIPC = true;
+          RestrictAddressFamilies = [
+            "AF_INET"
+            "AF_INET6"
+            # name resolution and readiness
+            "AF_UNIX"
+          ]
+          ++ lib.optional (!anyUser) "AF_NETLINK";
+          RestrictNamespaces = true;
+          RestrictRealtime = true;
+          RestrictSUIDSGID = true;
+          # the port comes from systemd
+          SocketBindDeny = "any";
+          SystemCallArchitectures = "native";
+          SystemCallErrorNumber = "EPERM";
+          SystemCallFilter = [
+            "@system-service"
+            "~@privileged @resources"
+          ];
+        };
       };
     };
   };

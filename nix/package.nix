@@ -12,7 +12,7 @@ let
       fileset = fs.unions files;
     };
 
-  rustFiles = folder: fs.fileFilter (file: file.hasExt "rs") folder;
+  rustFiles = fs.fileFilter (file: file.hasExt "rs");
 
   # What the program is made of. Nothing else changes its store path.
   program = [
