@@ -6,6 +6,8 @@
 
 pub(crate) mod client;
 pub(crate) mod http;
+#[cfg(target_os = "linux")]
+pub(crate) mod linux;
 pub(crate) mod proxy;
 pub(crate) mod upstream;
 
