@@ -105,7 +105,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let proxy = target::outbound_proxy(&target, |name| std::env::var_os(name))?;
     let allowed = AllowList::parse(&arguments.allow_user)?;
     let connector = Connector::new(&target, proxy, arguments.upstream_ca.as_deref())?;
-    let limit = listener::connection_limit();
+    let limit = listener::connection_limit(arguments.dump_dir.is_some());
     let runtime = Builder::new_current_thread()
         .enable_all()
         .build_local(LocalOptions::default())

@@ -109,10 +109,10 @@ fn bind(port: u16) -> Result<std::net::TcpListener, String> {
 }
 
 /// Raises `RLIMIT_NOFILE` to its hard limit and says how many clients that is enough for: each may
-/// need a descriptor of its own and one to the upstream.
+/// need a descriptor of its own and one to the upstream, and two for the files that dump its exchange.
 #[allow(unsafe_code)]
 #[must_use]
-pub fn connection_limit() -> usize {
+pub fn connection_limit(dumps: bool) -> usize {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -129,7 +129,8 @@ pub fn connection_limit() -> usize {
         }
     }
     let descriptors = usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX);
-    (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
+    let each = if dumps { 4 } else { 2 };
+    (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / each).clamp(1, MAX_CONNECTIONS)
 }
 
 /// Accepts clients until the end begins, then waits for those in flight, at most [`DRAIN_TIMEOUT`].
