@@ -297,7 +297,8 @@ impl Dump {
         let is_json = serde_json::from_reader::<_, IgnoredAny>(BufReader::new(&self.spool)).is_ok();
         self.spool.rewind()?;
         if is_json {
-            io::copy(&mut self.spool, &mut out)?;
+            // The look at it above takes any byte in a string.
+            copy_text(&mut self.spool, |text| out.write_all(text.as_bytes()))?;
         } else {
             copy_as_string(&mut self.spool, &mut out)?;
         }
@@ -306,11 +307,23 @@ impl Dump {
     }
 }
 
-/// Copies text as a JSON string, a piece at a time; what is not UTF-8 becomes U+FFFD.
+/// Copies text as a JSON string.
 fn copy_as_string(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    to.write_all(b"\"")?;
+    copy_text(from, |text| {
+        let text = serde_json::to_string(text).map_err(io::Error::other)?;
+        to.write_all(&text.as_bytes()[1..text.len() - 1])
+    })?;
+    to.write_all(b"\"")
+}
+
+/// Copies text, a piece at a time; what is not UTF-8 becomes U+FFFD.
+fn copy_text(
+    from: &mut impl Read,
+    mut write: impl FnMut(&str) -> io::Result<()>,
+) -> io::Result<()> {
     let mut buffer = vec![0; COPY_BUFFER];
     let mut kept = 0;
-    to.write_all(b"\"")?;
     loop {
         let count = from.read(&mut buffer[kept..])?;
         let piece = &buffer[..kept + count];
@@ -320,13 +333,11 @@ fn copy_as_string(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
         } else {
             piece.len()
         };
-        let text = serde_json::to_string(&String::from_utf8_lossy(&piece[..whole]))
-            .map_err(io::Error::other)?;
-        to.write_all(&text.as_bytes()[1..text.len() - 1])?;
+        write(&String::from_utf8_lossy(&piece[..whole]))?;
         kept = piece.len() - whole;
         buffer.copy_within(whole..whole + kept, 0);
         if count == 0 {
-            return to.write_all(b"\"");
+            return Ok(());
         }
     }
 }
