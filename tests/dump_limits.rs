@@ -85,7 +85,7 @@ mod linux {
 
     #[test]
     fn a_long_answer_takes_no_memory() {
-        const LENGTH: usize = 64 * MIB;
+        const LENGTH: usize = 32 * MIB;
         let upstream = Upstream::start(|exchange| {
             if exchange.body()? != b"long" {
                 return ok(exchange);
@@ -126,7 +126,7 @@ mod linux {
             thread::yield_now();
         }
         let grown = peak_memory(&proxy) - before;
-        assert!(grown < 24 * MIB as u64, "{grown} bytes more");
+        assert!(grown < 16 * MIB as u64, "{grown} bytes more");
         assert!(proxy.is_running());
         drop(client);
         let run = proxy.stop();
