@@ -128,6 +128,7 @@ impl AsyncRead for ClientStream {
                 this.scanner.feed(&buf.filled()[before..]);
                 this.client.findings.set(this.scanner.findings());
                 this.client.in_head.set(this.scanner.is_in_head());
+                this.client.in_body.set(this.scanner.is_in_body());
             }
             Poll::Ready(_) => this.ended = true,
             Poll::Pending => {}

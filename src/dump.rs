@@ -22,6 +22,9 @@ use serde_json::{Value, json};
 
 use crate::log;
 
+/// What a piece of a body takes in memory beside its bytes.
+const MESSAGE_OVERHEAD: usize = 128;
+
 /// How many bytes of bodies may wait for the disk. What comes on top is left out of the dump.
 const MAX_WAITING: usize = 8 << 20;
 
@@ -200,8 +203,9 @@ impl Tap {
         if !self.is_open {
             return;
         }
-        if self.queue.waiting.fetch_add(data.len(), Ordering::Relaxed) + data.len() > MAX_WAITING {
-            self.queue.waiting.fetch_sub(data.len(), Ordering::Relaxed);
+        let size = data.len() + MESSAGE_OVERHEAD;
+        if self.queue.waiting.fetch_add(size, Ordering::Relaxed) + size > MAX_WAITING {
+            self.queue.waiting.fetch_sub(size, Ordering::Relaxed);
             self.is_open = false;
             log::line(format_args!("a dump is incomplete: the disk can't keep up"));
             return;
@@ -245,7 +249,7 @@ fn write_files(messages: &Receiver<Message>, waiting: &AtomicUsize) {
                 Err(error) => complain(&path, &error),
             },
             Message::Data { id, data } => {
-                waiting.fetch_sub(data.len(), Ordering::Relaxed);
+                waiting.fetch_sub(data.len() + MESSAGE_OVERHEAD, Ordering::Relaxed);
                 if let Some(dump) = dumps.get_mut(&id)
                     && let Err(error) = dump.spool.write_all(&data)
                 {

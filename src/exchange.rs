@@ -33,6 +33,8 @@ pub struct Client {
     pub findings: Cell<Findings>,
     /// Whether it is in the middle of sending a head.
     pub in_head: Cell<bool>,
+    /// Whether it may be in the middle of sending a body; where a chunked one ends is not known here.
+    pub in_body: Cell<bool>,
     /// Its last request.
     pub request: RefCell<Option<Rc<RequestState>>>,
     /// Whether an HTTP/1.0 answer is under way, whose end is the connection's: if it breaks off, the
@@ -54,12 +56,10 @@ impl Client {
             .is_some_and(|request| Rc::strong_count(request) > 1)
     }
 
-    /// Whether its last request has a body that was not read to its end.
+    /// Whether it has not sent all of its last request's body.
     pub fn may_be_sending(&self) -> bool {
-        self.request
-            .borrow()
-            .as_ref()
-            .is_some_and(|request| request.progress() != Progress::Complete)
+        let is_complete = |request: &Rc<RequestState>| request.progress() == Progress::Complete;
+        self.in_body.get() && !self.request.borrow().as_ref().is_some_and(is_complete)
     }
 }
 

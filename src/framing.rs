@@ -65,6 +65,12 @@ impl Scanner {
         matches!(self.place, Place::Headers) || !self.line.is_empty()
     }
 
+    /// Whether a body has begun and, as far as is known here, not ended.
+    #[must_use]
+    pub fn is_in_body(&self) -> bool {
+        matches!(self.place, Place::Body(_) | Place::Chunks)
+    }
+
     /// Takes the next bytes of the connection.
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {

@@ -119,6 +119,8 @@ pub struct InjectingStream<S> {
     /// How much of a placeholder the bytes written so far end with; these were held back.
     matched: usize,
     owed: Option<Owed>,
+    /// Writing failed because the other side is gone.
+    is_cut_off: bool,
 }
 
 /// What a search for the placeholder found; positions count from the first byte given.
@@ -140,6 +142,7 @@ impl<S> InjectingStream<S> {
             arm,
             matched: 0,
             owed: None,
+            is_cut_off: false,
         }
     }
 
@@ -228,6 +231,71 @@ impl<S: AsyncWrite + Unpin> InjectingStream<S> {
         }
         Poll::Ready(Ok(end + sent - credential.len()))
     }
+
+    /// Writes `bufs` with whatever has to change in them.
+    fn poll_replaced(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.arm.0.get() == Armed::Anew {
+            self.release();
+            self.arm.0.set(Armed::Yes);
+        }
+        loop {
+            ready!(self.poll_owed(cx))?;
+            if self.arm.0.get() == Armed::No {
+                return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+            }
+            match self.find(bufs) {
+                Found::Whole { start, end } => return self.poll_inject(cx, bufs, start, end),
+                Found::Mistaken => self.release(),
+                Found::Partly { matched: 0, .. } => {
+                    return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+                }
+                Found::Partly { start, matched } => {
+                    if start > 0 {
+                        let mut slices = Slices::default();
+                        slices.extend(bufs, 0..start);
+                        let count =
+                            ready!(Pin::new(&mut self.io).poll_write_vectored(cx, slices.get()))?;
+                        if count < start {
+                            return Poll::Ready(Ok(count));
+                        }
+                    }
+                    self.matched = matched;
+                    return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
+                }
+            }
+        }
+    }
+
+    /// Lets the reader find out that the other side is gone.
+    ///
+    /// An upstream that answers early and closes makes writing fail while its answer waits to be
+    /// read. hyper gives up on the first error, so a write that fails for this reason never ends, and
+    /// reading gives first the answer and then the end.
+    fn leave_to_reader<T>(
+        &mut self,
+        cx: &Context<'_>,
+        outcome: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match outcome {
+            Poll::Ready(Err(error))
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                if !self.is_cut_off {
+                    self.is_cut_off = true;
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
+            outcome => outcome,
+        }
+    }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for InjectingStream<S> {
@@ -245,36 +313,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for InjectingStream<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.arm.0.get() == Armed::Anew {
-            this.release();
-            this.arm.0.set(Armed::Yes);
-        }
-        loop {
-            ready!(this.poll_owed(cx))?;
-            if this.arm.0.get() == Armed::No {
-                return Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
-            }
-            match this.find(bufs) {
-                Found::Whole { start, end } => return this.poll_inject(cx, bufs, start, end),
-                Found::Mistaken => this.release(),
-                Found::Partly { matched: 0, .. } => {
-                    return Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
-                }
-                Found::Partly { start, matched } => {
-                    if start > 0 {
-                        let mut slices = Slices::default();
-                        slices.extend(bufs, 0..start);
-                        let count =
-                            ready!(Pin::new(&mut this.io).poll_write_vectored(cx, slices.get()))?;
-                        if count < start {
-                            return Poll::Ready(Ok(count));
-                        }
-                    }
-                    this.matched = matched;
-                    return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
-                }
-            }
-        }
+        let outcome = this.poll_replaced(cx, bufs);
+        this.leave_to_reader(cx, outcome)
     }
 
     /// Always true: with separate slices the head is never copied together with a body, and the
@@ -285,8 +325,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for InjectingStream<S> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        ready!(this.poll_owed(cx))?;
-        Pin::new(&mut this.io).poll_flush(cx)
+        let outcome = match this.poll_owed(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.io).poll_flush(cx),
+            other => other,
+        };
+        this.leave_to_reader(cx, outcome)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -6,7 +6,7 @@
 //! | step | modules |
 //! | --- | --- |
 //! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
-//! | a client comes in | [`listener`], [`peer`], [`connection`], [`framing`] |
+//! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`framing`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
 //! | and goes up | [`exchange`], [`headers`], [`upstream`], [`connector`], [`injection`] |
 //! | the answer comes back | [`body`], [`log`], [`dump`] |
@@ -32,6 +32,7 @@ pub mod server_info;
 #[cfg(target_os = "linux")]
 pub mod sock_diag;
 pub mod stop;
+pub mod systemd;
 pub mod target;
 mod terminal;
 pub mod upstream;
@@ -149,24 +150,11 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             None => None,
         };
         log::line(format_args!("listening on http://{address}"));
-        tell_systemd(&NotifyState::Ready);
-        let stopping = Rc::clone(&stop);
-        tokio::task::spawn_local(async move {
-            stopping.begun().await;
-            tell_systemd(&NotifyState::Stopping);
-        });
+        systemd::tell(&NotifyState::Ready);
         listener::run(listener, Rc::new(proxy), stop, limit).await;
         log::line(format_args!("stopped"));
         Ok(())
     })
-}
-
-/// Tells systemd, where it wants to know (sd_notify(3)). Without it, the unit will time out, and the
-/// log says why.
-fn tell_systemd(state: &NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
-        log::line(format_args!("cannot notify systemd: {error}"));
-    }
 }
 
 /// The first SIGTERM or SIGINT begins the end; the second is the end.

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -14,6 +15,7 @@ use crate::connection;
 use crate::exchange::Proxy;
 use crate::log;
 use crate::stop::Stop;
+use crate::systemd;
 
 /// The most connections at once, if there are descriptors for that many.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -44,7 +46,7 @@ pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
     let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
     match (inherited.len(), inherited.next(), port) {
         (0, ..) => bind(port.unwrap_or(0)),
-        (1, Some(fd), None) => adopt(fd).map_err(unusable),
+        (1, Some(fd), None) => systemd::adopt(fd).map_err(unusable),
         (1, ..) => Err(
             "--port is given, but the socket comes from systemd (LISTEN_FDS): leave --port out, \
                         the port is set in the socket unit"
@@ -54,42 +56,6 @@ pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
             "LISTEN_FDS hands over {count} sockets: configure exactly one"
         )),
     }
-}
-
-/// Takes over a socket that was passed to this process.
-#[allow(unsafe_code)]
-fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
-    let option = |option| -> io::Result<libc::c_int> {
-        let mut value = 0;
-        let mut size = size_of_val(&value) as libc::socklen_t;
-        // SAFETY: the kernel writes at most `size` bytes to `value`.
-        let returned = unsafe {
-            libc::getsockopt(
-                fd,
-                libc::SOL_SOCKET,
-                option,
-                std::ptr::from_mut(&mut value).cast(),
-                &mut size,
-            )
-        };
-        if returned == 0 {
-            Ok(value)
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    };
-    if option(libc::SO_TYPE)? != libc::SOCK_STREAM || option(libc::SO_ACCEPTCONN)? == 0 {
-        return Err(io::Error::other("it is no listening stream socket"));
-    }
-    // SAFETY: the descriptor is open, as the calls above showed, and by sd_listen_fds(3) it is this
-    // process's to use; it is taken once, here.
-    let listener = unsafe { std::net::TcpListener::from_raw_fd(fd) };
-    if !listener.local_addr()?.ip().is_loopback() {
-        return Err(io::Error::other(
-            "it listens on more than loopback, where others could use the key",
-        ));
-    }
-    Ok(listener)
 }
 
 /// Opens a listening socket on 127.0.0.1.
@@ -140,6 +106,7 @@ pub fn connection_limit(dumps: bool) -> usize {
 pub async fn run(listener: TcpListener, proxy: Rc<Proxy>, stop: Rc<Stop>, limit: usize) {
     let places = Arc::new(Semaphore::new(limit));
     let accepting = async {
+        let mut is_exhausted = false;
         loop {
             let place = Arc::clone(&places)
                 .acquire_owned()
@@ -147,6 +114,7 @@ pub async fn run(listener: TcpListener, proxy: Rc<Proxy>, stop: Rc<Stop>, limit:
                 .expect("the semaphore is never closed");
             match listener.accept().await {
                 Ok((stream, _)) => {
+                    is_exhausted = false;
                     let (proxy, stop) = (Rc::clone(&proxy), Rc::clone(&stop));
                     tokio::task::spawn_local(async move {
                         connection::serve(stream, proxy, stop).await;
@@ -154,7 +122,10 @@ pub async fn run(listener: TcpListener, proxy: Rc<Proxy>, stop: Rc<Stop>, limit:
                     });
                 }
                 Err(error) if is_exhaustion(&error) => {
-                    log::line(format_args!("cannot accept a connection: {error}; waiting"));
+                    if !is_exhausted {
+                        log::line(format_args!("cannot accept a connection: {error}; waiting"));
+                    }
+                    is_exhausted = true;
                     tokio::time::sleep(EXHAUSTED_PAUSE).await;
                 }
                 // The client was gone before it was accepted.
@@ -168,6 +139,7 @@ pub async fn run(listener: TcpListener, proxy: Rc<Proxy>, stop: Rc<Stop>, limit:
         () = accepting => {}
     }
     drop(listener);
+    systemd::tell(&NotifyState::Stopping);
     let all = u32::try_from(limit).expect("the limit is far below that");
     let _ = tokio::time::timeout(DRAIN_TIMEOUT, places.acquire_many(all)).await;
 }

@@ -147,7 +147,14 @@ fn clients_with_nothing_in_flight_that_never_leave_do_not_hold_it_up() {
         assert_eq!(client.response().unwrap().status(), 403);
     };
     let half = |client: &mut Client| client.send("POST /v1/responses HTTP/1.1\r\nHo").unwrap();
-    let cases: [(&str, Begin<'_>); 5] = [
+    let refused_with_a_body = |client: &mut Client| {
+        client
+            .send("POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+            .unwrap();
+        assert_eq!(client.response().unwrap().status(), 403);
+    };
+    let cases: [(&str, Begin<'_>); 6] = [
+        ("refused with a body", &refused_with_a_body),
         ("fresh", &|_| {}),
         ("served", &served),
         ("refused", &refused),
