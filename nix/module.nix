@@ -228,6 +228,8 @@ in
           # streams in flight have 30 s to finish
           TimeoutStopSec = "40s";
 
+          # No root directory of its own, though that would look tighter: name resolution needs the
+          # folder of nscd's socket, which is another one after nscd has restarted.
           DynamicUser = true;
           UMask = "0077";
 
