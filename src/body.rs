@@ -209,10 +209,11 @@ impl Body for ResponseBody {
             }
             Self::Relayed(relay) => &mut **relay,
         };
-        if let Some(link) = &mut relay.link {
-            let _ = link.poll(cx);
-        }
-        let frame = ready!(poll_data(&mut relay.answer, cx));
+        let answer = &mut relay.answer;
+        let frame = ready!(match &mut relay.link {
+            Some(link) => link.drive(cx, |cx| poll_data(answer, cx)),
+            None => poll_data(answer, cx),
+        });
         match &frame {
             Some(Ok(frame)) => {
                 relay.record.sent(length(frame));

@@ -84,7 +84,8 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
         }
         // An error is a head that is none: nobody knows what follows it.
         _ if !stream.ended && (outcome.is_err() || client.may_be_sending()) => {
-            linger(stream.tcp).await
+            // Boxed, so that only those who linger have its buffer.
+            Box::pin(linger(stream.tcp)).await;
         }
         _ => {}
     }

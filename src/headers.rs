@@ -1,6 +1,6 @@
 //! Headers on their way through: end-to-end ones pass, the others end here.
 
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{self, Entry, HeaderMap, HeaderName, HeaderValue, OccupiedEntry};
 
 /// Headers that are about one connection and not about the message (RFC 9110, sections 7.6.1, 11.7
 /// and 6.6.2): the ones that a proxy must not pass on, whether `Connection` names them or not.
@@ -50,16 +50,23 @@ pub fn for_client(upstream: HeaderMap) -> HeaderMap {
 /// Moves the end-to-end headers over; a removal in place would change their order.
 fn pass_on(from: HeaderMap, to: &mut HeaderMap, ends_here: impl Fn(&HeaderName) -> bool) {
     let disowned = named_by_connection(&from);
-    let mut current = None;
+    let is_passed = |name: &HeaderName| {
+        !HOP_BY_HOP.contains(name) && !disowned.contains(name) && !ends_here(name)
+    };
+    // The entry of the last header that passes: where its name is repeated, there comes no name.
+    let mut last: Option<OccupiedEntry<'_, HeaderValue>> = None;
     for (name, value) in from {
-        // A repeated header's name comes with its first value only.
-        if let Some(name) = name {
-            let passes =
-                !HOP_BY_HOP.contains(&name) && !disowned.contains(&name) && !ends_here(&name);
-            current = passes.then_some(name);
-        }
-        if let Some(name) = &current {
-            to.append(name.clone(), value);
+        match name {
+            Some(name) if is_passed(&name) => {
+                last = match to.entry(name) {
+                    Entry::Vacant(entry) => Some(entry.insert_entry(value)),
+                    Entry::Occupied(_) => None,
+                };
+            }
+            Some(_) => last = None,
+            None => last
+                .iter_mut()
+                .for_each(|entry| entry.append(value.clone())),
         }
     }
 }

@@ -8,7 +8,7 @@
 //! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
 //! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`framing`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
-//! | and goes up | [`exchange`], [`headers`], [`upstream`], [`connector`], [`injection`] |
+//! | and goes up | [`exchange`], [`headers`], [`upstream`], [`quiet`], [`connector`], [`injection`] |
 //! | the answer comes back | [`body`], [`log`], [`dump`] |
 
 pub mod allow_list;
@@ -27,6 +27,7 @@ pub mod injection;
 pub mod listener;
 pub mod log;
 pub mod peer;
+pub mod quiet;
 pub mod refusal;
 pub mod server_info;
 #[cfg(target_os = "linux")]

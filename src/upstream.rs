@@ -17,6 +17,7 @@ use tokio::time::{Instant, Sleep};
 use crate::body::RequestBody;
 use crate::connector::{ConnectError, Connector, HyperIo};
 use crate::injection::{Arm, InjectingStream, Injection};
+use crate::quiet::Quiet;
 use crate::{MAX_HEAD_BYTES, MAX_HEADERS};
 
 /// How many idle connections are kept. More than this many at once are rare for one machine's users.
@@ -40,25 +41,30 @@ pub enum UpstreamError {
 /// socket to socket within one task, and letting go of the link is closing the connection.
 pub struct Link {
     /// `None` once it has ended.
-    connection: Option<Pin<Box<Connection<HyperIo, RequestBody>>>>,
+    connection: Option<LinkConnection>,
+    quiet: Quiet,
     sender: SendRequest<RequestBody>,
     arm: Arm,
 }
 
 impl Link {
-    /// Lets the connection read and write. `Ready` means that it has ended; how, the request or the
-    /// answer under way is told too, which is where it is dealt with.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let Some(connection) = &mut self.connection {
-            let _ = ready!(connection.as_mut().poll(cx));
-            self.connection = None;
-        }
-        Poll::Ready(())
+    /// Lets the connection read and write, then calls `next`, which waits for something that comes
+    /// over it. How the connection ends, `next` is told too, which is where it is dealt with.
+    pub fn drive<T>(
+        &mut self,
+        cx: &Context<'_>,
+        mut next: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        let connection = &mut self.connection;
+        self.quiet.poll(cx, |cx| {
+            let _ = poll_connection(connection, cx);
+            next(cx)
+        })
     }
 
-    /// Whether another request can be sent.
+    /// Whether another request can be sent. If so, `cx` is woken when that changes.
     fn is_idle(&mut self, cx: &mut Context<'_>) -> bool {
-        self.poll(cx).is_pending() && self.sender.is_ready()
+        poll_connection(&mut self.connection, cx).is_pending() && self.sender.is_ready()
     }
 
     /// Sends a request and waits for the head of its answer.
@@ -70,16 +76,25 @@ impl Link {
     ) -> Result<Response<Incoming>, (hyper::Error, Option<Request<RequestBody>>)> {
         self.arm.next_request();
         let mut answer = pin!(self.sender.try_send_request(request));
-        std::future::poll_fn(|cx| {
-            let _ = self.poll(cx);
-            answer.as_mut().poll(cx)
-        })
-        .await
-        .map_err(|mut error| {
-            let unsent = error.take_message();
-            (error.into_error(), unsent)
-        })
+        std::future::poll_fn(|cx| self.drive(cx, |cx| answer.as_mut().poll(cx)))
+            .await
+            .map_err(|mut error| {
+                let unsent = error.take_message();
+                (error.into_error(), unsent)
+            })
     }
+}
+
+/// What hyper runs a connection with.
+type LinkConnection = Pin<Box<Connection<HyperIo, RequestBody>>>;
+
+/// `Ready` means that it has ended.
+fn poll_connection(connection: &mut Option<LinkConnection>, cx: &mut Context<'_>) -> Poll<()> {
+    if let Some(running) = connection {
+        let _ = ready!(running.as_mut().poll(cx));
+        *connection = None;
+    }
+    Poll::Ready(())
 }
 
 /// An idle link and the time since when it is.
@@ -168,6 +183,7 @@ impl Upstream {
             .map_err(UpstreamError::Exchange)?;
         Ok(Link {
             connection: Some(Box::pin(connection)),
+            quiet: Quiet::default(),
             sender,
             arm,
         })
@@ -206,9 +222,7 @@ impl Upstream {
         let mut timer: Pin<Box<Sleep>> = Box::pin(tokio::time::sleep(Duration::ZERO));
         std::future::poll_fn(|cx| {
             let mut idle = self.idle.borrow_mut();
-            idle.retain_mut(|idle| {
-                idle.link.poll(cx).is_pending() && idle.since.elapsed() < IDLE_TIMEOUT
-            });
+            idle.retain_mut(|idle| idle.link.is_idle(cx) && idle.since.elapsed() < IDLE_TIMEOUT);
             // The links are in the order in which they became idle: the first is the oldest.
             let mut waits = false;
             while let Some(oldest) = idle.first() {
