@@ -1,0 +1,123 @@
+//! This proxy beside others on the same machine at the same time: `cargo bench --bench proxy`.
+//!
+//! | argument behind `--` | |
+//! | --- | --- |
+//! | none | measures, prints a table, and writes `target/tmp/bench/proxy.json` |
+//! | `rounds N` | the same with N rounds and no bound on time |
+//! | `profile PEER requests\|one\|events SECONDS` | keeps one proxy busy for a profiler |
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod config;
+mod load;
+mod measure;
+mod peers;
+mod profile;
+mod report;
+mod round;
+mod upstream;
+mod wire;
+
+use std::error::Error;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use crate::report::Report;
+use crate::upstream::Upstream;
+
+/// How many rounds there are at most, and at least.
+const ROUNDS: usize = 5;
+const LEAST_ROUNDS: usize = 3;
+
+/// No round is begun that would probably end later than this.
+const TIME_LIMIT: Duration = Duration::from_secs(112);
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let by_cargo_bench = arguments.iter().any(|argument| argument == "--bench");
+    arguments.retain(|argument| argument != "--bench");
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["upstream", folder] => upstream::main(Path::new(folder)),
+        // Test runners start every target there is.
+        [] if !by_cargo_bench => Ok(()),
+        [] => benchmark(ROUNDS, TIME_LIMIT),
+        ["rounds", count] => benchmark(count.parse()?, Duration::MAX),
+        ["profile", peer, kind, seconds] => profile::main(
+            &folder()?,
+            peer,
+            kind,
+            Duration::from_secs(seconds.parse()?),
+        ),
+        _ => Err("unknown argument: see benches/proxy/main.rs".into()),
+    }
+}
+
+/// A folder for this run's files, empty.
+fn folder() -> std::io::Result<PathBuf> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+fn benchmark(rounds: usize, limit: Duration) -> Result<(), Box<dyn Error>> {
+    let begin = Instant::now();
+    // A thousand streams are two thousand descriptors. Children inherit the limit.
+    let _ = codex_responses_proxy::listener::connection_limit();
+    let folder = folder()?;
+    let peers = peers::all(&folder);
+    let upstream = Upstream::start(&folder)?;
+    let mut report = Report::new(&peers);
+    for round in 0..rounds {
+        let spent = begin.elapsed();
+        let next = spent / u32::try_from(round.max(1))?;
+        if round >= LEAST_ROUNDS && spent + next > limit {
+            break;
+        }
+        for index in 0..peers.len() {
+            // Nobody is always first or always behind the same one.
+            let peer = &peers[(index + round) % peers.len()];
+            let place = folder.join(format!("{}-{round}", peer.kind.name().replace(' ', "-")));
+            std::fs::create_dir_all(&place)?;
+            let figures = round::measure(peer, &place, &upstream, |step| {
+                progress(&format!(
+                    "round {} of {rounds}: {}: {step}",
+                    round + 1,
+                    peer.kind.name()
+                ));
+            })
+            .map_err(|error| format!("{}: {error}", peer.kind.name()))?;
+            report.add(peer.kind, figures);
+        }
+    }
+    progress("");
+    report.finish(begin.elapsed());
+    println!("{}", report.table());
+    let json = folder.join("proxy.json");
+    std::fs::write(&json, format!("{:#}\n", report.json()))?;
+    println!("As JSON: {}", json.display());
+    Ok(())
+}
+
+/// Says what is being done, on one line that the next replaces; in a log, each on its own.
+fn progress(text: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{text}");
+        let _ = std::io::stderr().flush();
+    } else if text.ends_with("start") {
+        eprintln!("{text}");
+    }
+}

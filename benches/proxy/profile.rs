@@ -1,0 +1,59 @@
+//! One proxy under one steady load, for whoever looks at it with `perf`, `strace` or the like.
+
+use std::error::Error;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::load::{self, Delays};
+use crate::measure::{CpuTime, number};
+use crate::peers;
+use crate::upstream::Upstream;
+
+/// How long the proxy waits for its load once its process id is told.
+const HEAD_START: Duration = Duration::from_secs(1);
+
+/// Gives the proxy `name` the load `kind` (`requests`, `one` or `events`) for `length`, tells its
+/// process id before, and how much it did after.
+pub(crate) fn main(
+    folder: &Path,
+    name: &str,
+    kind: &str,
+    length: Duration,
+) -> Result<(), Box<dyn Error>> {
+    let _ = codex_responses_proxy::listener::connection_limit();
+    let peers = peers::all(folder);
+    let peer = peers.iter().find(|peer| peer.kind.name().contains(name));
+    let peer = peer.ok_or("there is no such proxy here")?;
+    let upstream = Upstream::start(folder)?;
+    let running = peer.start(folder, &upstream)?;
+    let (port, pid) = (running.port, running.pid());
+    println!("pid {pid}");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())?;
+    runtime.block_on(async {
+        load::one_by_one(port, 100, HEAD_START).await?;
+        tokio::time::sleep(HEAD_START).await;
+        let before = CpuTime::of(pid)?;
+        let count = match kind {
+            "requests" => load::at_once(port, 16, length).await?.0,
+            "one" => load::one_by_one(port, usize::MAX >> 8, length).await?.len() as u64,
+            "events" => {
+                let delays = Rc::new(Delays::default());
+                delays.recording.set(true);
+                let streams = load::follow(port, 64, &delays).await?;
+                tokio::time::sleep(length).await;
+                streams.iter().for_each(tokio::task::JoinHandle::abort);
+                delays.delays.borrow().len() as u64
+            }
+            _ => return Err("the load is one of: requests, one, events".into()),
+        };
+        let cpu = number(CpuTime::of(pid)?.since(&before));
+        println!(
+            "{count} {kind}, {:.1} µs of CPU each",
+            cpu / 1_000.0 / number(count)
+        );
+        Ok(())
+    })
+}

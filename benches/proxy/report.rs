@@ -1,0 +1,267 @@
+//! Medians, ratios and goals, as a table and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::measure::median;
+use crate::peers::{Kind, Peer};
+use crate::round::Figures;
+
+/// Something measured.
+pub(crate) struct Measure {
+    key: &'static str,
+    label: &'static str,
+    unit: &'static str,
+}
+
+const fn measure(key: &'static str, label: &'static str, unit: &'static str) -> Measure {
+    Measure { key, label, unit }
+}
+
+/// The table's rows.
+const MEASURES: [Measure; 15] = [
+    measure("cpu_request", "CPU per request, 16 connections", "µs"),
+    measure("cpu_request_one", "CPU per request, one connection", "µs"),
+    measure("cpu_event", "CPU per event of a stream", "µs"),
+    measure("delay_p50", "delay of an event, p50", "µs"),
+    measure("delay_p99", "delay of an event, p99", "µs"),
+    measure("latency_p50", "latency of a request, p50", "µs"),
+    measure("latency_p99", "latency of a request, p99", "µs"),
+    measure("requests_per_second", "requests, 16 connections", "1/s"),
+    measure("upload", "upload, 64 MiB body", "MB/s"),
+    measure("cpu_upload", "CPU per MB of upload", "µs"),
+    measure("first_byte", "upstream sees a slow body's first byte", "ms"),
+    measure("memory_idle", "memory, idle", "MB"),
+    measure("memory_streams", "memory, 1,000 streams open", "MB"),
+    measure("start", "from key to listening", "ms"),
+    measure("size", "binary size", "MB"),
+];
+
+/// What this proxy is to reach.
+struct Goal {
+    key: &'static str,
+    /// A ratio to this one, or an absolute figure.
+    to: Option<Kind>,
+    at_most: bool,
+    bound: f64,
+}
+
+const fn at_most(key: &'static str, to: Option<Kind>, bound: f64) -> Goal {
+    Goal {
+        key,
+        to,
+        at_most: true,
+        bound,
+    }
+}
+
+const GOALS: [Goal; 10] = [
+    at_most("cpu_request", Some(Kind::Nginx), 0.90),
+    at_most("cpu_event", Some(Kind::Nginx), 0.85),
+    at_most("delay_p50", Some(Kind::Nginx), 1.0),
+    at_most("delay_p99", Some(Kind::Nginx), 1.0),
+    at_most("memory_streams", Some(Kind::Nginx), 0.45),
+    at_most("memory_streams", None, 25.0),
+    Goal {
+        key: "upload",
+        to: Some(Kind::Nginx),
+        at_most: false,
+        bound: 1.0,
+    },
+    at_most("cpu_request", Some(Kind::Codex), 1.0 / 13.0),
+    at_most("delay_p50", Some(Kind::Codex), 1.0 / 100.0),
+    at_most("memory_streams", Some(Kind::Codex), 1.0 / 10.0),
+];
+
+/// What a run has found.
+pub(crate) struct Report<'a> {
+    peers: &'a [Peer],
+    rounds: BTreeMap<&'static str, Vec<Figures>>,
+    machine: Value,
+    time: Duration,
+}
+
+impl<'a> Report<'a> {
+    pub(crate) fn new(peers: &'a [Peer]) -> Self {
+        Self {
+            peers,
+            rounds: BTreeMap::new(),
+            machine: machine(),
+            time: Duration::ZERO,
+        }
+    }
+
+    pub(crate) fn add(&mut self, kind: Kind, figures: Figures) {
+        self.rounds.entry(kind.name()).or_default().push(figures);
+    }
+
+    pub(crate) fn finish(&mut self, time: Duration) {
+        self.time = time;
+    }
+
+    fn values(&self, kind: Kind, key: &str) -> Vec<f64> {
+        let rounds = self.rounds.get(kind.name()).map_or(&[][..], Vec::as_slice);
+        rounds
+            .iter()
+            .filter_map(|figures| figures.get(key).copied())
+            .collect()
+    }
+
+    /// The median over rounds of this proxy's figure divided by the other's in the same round.
+    fn ratio(&self, key: &str, to: Kind) -> f64 {
+        let (ours, theirs) = (self.values(Kind::Ours, key), self.values(to, key));
+        let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+        median(&ratios)
+    }
+
+    /// The goals that can be told: what was reached, and whether it is enough.
+    fn goals(&self) -> impl Iterator<Item = (&'static Goal, f64, bool)> {
+        GOALS.iter().filter_map(|goal| {
+            let reached = match goal.to {
+                Some(to) => self.ratio(goal.key, to),
+                None => median(&self.values(Kind::Ours, goal.key)),
+            };
+            let enough = if goal.at_most {
+                reached <= goal.bound
+            } else {
+                reached >= goal.bound
+            };
+            (!reached.is_nan()).then_some((goal, reached, enough))
+        })
+    }
+
+    /// In Markdown, for people.
+    pub(crate) fn table(&self) -> String {
+        let mut text = String::from("|  |");
+        for peer in self.peers {
+            let _ = write!(text, " {} {} |", peer.kind.name(), peer.version);
+        }
+        text.push_str("\n| --- |");
+        text.push_str(&" ---: |".repeat(self.peers.len()));
+        text.push('\n');
+        for measure in &MEASURES {
+            let _ = write!(text, "| {} |", [measure.label, measure.unit].join(", "));
+            for peer in self.peers {
+                let value = rounded(median(&self.values(peer.kind, measure.key)));
+                let ratio = rounded(self.ratio(measure.key, peer.kind));
+                let _ = match peer.kind {
+                    Kind::Ours => write!(text, " {value} |"),
+                    _ => write!(text, " {value} ({ratio}) |"),
+                };
+            }
+            text.push('\n');
+        }
+        let rounds = self.rounds.values().map(Vec::len).max().unwrap_or(0);
+        let of = |key| self.machine[key].as_str().unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "\nMedians over {rounds} rounds; in brackets this proxy's figure divided by the peer's. {} UTC, {} cores of {}, Linux {}, load {} before.\n",
+            of("date"),
+            self.machine["cores"],
+            of("cpu"),
+            of("kernel"),
+            of("load"),
+        );
+        for peer in self.peers {
+            let _ = writeln!(text, "- {}: {}", peer.kind.name(), peer.note());
+        }
+        text.push('\n');
+        for (goal, reached, enough) in self.goals() {
+            let verdict = if enough { "reached" } else { "MISSED" };
+            let bound = if goal.at_most { "at most" } else { "at least" };
+            let to = goal
+                .to
+                .map_or(String::new(), |to| format!(" of {}'s", to.name()));
+            let _ = writeln!(
+                text,
+                "- {verdict}: {}: {}, {bound} {}{to}",
+                label(goal.key),
+                rounded(reached),
+                rounded(goal.bound)
+            );
+        }
+        text
+    }
+
+    /// For programs: every round's figures, too.
+    pub(crate) fn json(&self) -> Value {
+        let measures: Vec<Value> = MEASURES
+            .iter()
+            .map(|measure| {
+                let of = |peer: &Peer| {
+                    let rounds = self.values(peer.kind, measure.key);
+                    let figures = json!({
+                        "median": median(&rounds),
+                        "ratio": self.ratio(measure.key, peer.kind),
+                        "rounds": rounds,
+                    });
+                    (peer.kind.name().to_owned(), figures)
+                };
+                let peers: serde_json::Map<String, Value> = self.peers.iter().map(of).collect();
+                json!({ "key": measure.key, "label": measure.label, "unit": measure.unit, "peers": peers })
+            })
+            .collect();
+        let peers: Vec<Value> = self
+            .peers
+            .iter()
+            .map(|peer| json!({ "name": peer.kind.name(), "version": peer.version, "note": peer.note() }))
+            .collect();
+        let goals: Vec<Value> = self
+            .goals()
+            .map(|(goal, reached, enough)| {
+                json!({
+                    "key": goal.key,
+                    "to": goal.to.map(Kind::name),
+                    "bound": goal.bound,
+                    "at_most": goal.at_most,
+                    "reached": reached,
+                    "enough": enough,
+                })
+            })
+            .collect();
+        json!({
+            "machine": self.machine,
+            "seconds": self.time.as_secs(),
+            "peers": peers,
+            "measures": measures,
+            "goals": goals,
+        })
+    }
+}
+
+fn label(key: &str) -> &'static str {
+    let measure = MEASURES.iter().find(|measure| measure.key == key);
+    measure.map_or("", |measure| measure.label)
+}
+
+/// Three digits that count.
+fn rounded(value: f64) -> String {
+    let digits = match value.abs() {
+        0.0..0.1 => 4,
+        0.1..10.0 => 2,
+        10.0..100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$}")
+}
+
+/// Where and when.
+fn machine() -> Value {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
+    let date = Command::new("date").args(["-u", "+%F %H:%M"]).output();
+    json!({
+        "date": date.map_or(String::new(), |date| String::from_utf8_lossy(&date.stdout).trim().to_owned()),
+        "cpu": model.unwrap_or_default().trim_start_matches(['\t', ' ', ':']),
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "load": read("/proc/loadavg").trim(),
+    })
+}

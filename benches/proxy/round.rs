@@ -1,0 +1,185 @@
+//! One proxy's turn in a round: started, loaded in every way, and ended.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::future::Future;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::load::{self, Client, Delays};
+use crate::measure::{self, CpuTime, number, percentile};
+use crate::peers::Peer;
+use crate::upstream::Upstream;
+
+/// What was measured, by the names in [`crate::report::MEASURES`].
+pub(crate) type Figures = BTreeMap<&'static str, f64>;
+
+/// How long a step may take that is not bounded by itself. Whoever takes longer hangs.
+const STEP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Requests before anything is measured.
+const WARM_UP: usize = 300;
+
+/// Requests on one connection, and how long they may take.
+const ONE_BY_ONE: usize = 4_000;
+const ONE_BY_ONE_BOUND: Duration = Duration::from_millis(800);
+
+/// Connections at once, and for how long.
+const CONNECTIONS: usize = 16;
+const AT_ONCE: Duration = Duration::from_millis(800);
+
+/// Streams that are followed; at [`crate::upstream::EVENT_INTERVAL`] they are 3,200 events a second.
+const STREAMS: usize = 64;
+
+/// How long streams go on before they are measured, and for how long they are.
+const STREAMS_WARM_UP: Duration = Duration::from_millis(300);
+const STREAMS_MEASURED: Duration = Duration::from_millis(1_300);
+
+/// A large body, in bytes.
+const UPLOAD_BYTES: usize = 64 << 20;
+
+/// Between the first byte of a slow body and the rest, and how many bodies are sent so.
+const SLOW_BODY_PAUSE: Duration = Duration::from_millis(300);
+const SLOW_BODIES: usize = 5;
+
+/// Streams that are held open for their memory, and how many are opened at a time.
+const HELD_STREAMS: usize = 1_000;
+const OPENED_AT_ONCE: usize = 16;
+
+const MICROSECOND: f64 = 1_000.0;
+const MILLISECOND: f64 = 1_000_000.0;
+const MEGABYTE: f64 = 1_000_000.0;
+
+/// Gives `peer` its turn, and tells each step before it.
+pub(crate) fn measure(
+    peer: &Peer,
+    folder: &Path,
+    upstream: &Upstream,
+    progress: impl Fn(&str),
+) -> Result<Figures, Box<dyn Error>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())?;
+    progress("start");
+    let running = peer.start(folder, upstream)?;
+    let start_time = number(u64::try_from(running.start_time.as_nanos())?);
+    let mut figures = Figures::from([
+        ("start", start_time / MILLISECOND),
+        ("size", number(peer.size()) / MEGABYTE),
+    ]);
+    runtime.block_on(load(running.port, running.pid(), &mut figures, progress))?;
+    Ok(figures)
+}
+
+async fn load(
+    port: u16,
+    pid: u32,
+    figures: &mut Figures,
+    progress: impl Fn(&str),
+) -> Result<(), Box<dyn Error>> {
+    let exact = measure::memory_is_exact(pid);
+    bounded(load::one_by_one(port, 1, STEP_TIMEOUT)).await?;
+    figures.insert(
+        "memory_idle",
+        number(measure::memory(pid, exact)?) / MEGABYTE,
+    );
+
+    progress("one connection");
+    bounded(load::one_by_one(port, WARM_UP, ONE_BY_ONE_BOUND)).await?;
+    let before = CpuTime::of(pid)?;
+    let mut times = bounded(load::one_by_one(port, ONE_BY_ONE, ONE_BY_ONE_BOUND)).await?;
+    let cpu = number(CpuTime::of(pid)?.since(&before));
+    figures.insert(
+        "cpu_request_one",
+        cpu / MICROSECOND / number(times.len() as u64),
+    );
+    figures.insert("latency_p50", percentile(&mut times, 0.5) / MICROSECOND);
+    figures.insert("latency_p99", percentile(&mut times, 0.99) / MICROSECOND);
+
+    progress("16 connections");
+    let before = CpuTime::of(pid)?;
+    let (count, time) = bounded(load::at_once(port, CONNECTIONS, AT_ONCE)).await?;
+    let cpu = number(CpuTime::of(pid)?.since(&before));
+    figures.insert("cpu_request", cpu / MICROSECOND / number(count));
+    figures.insert("requests_per_second", number(count) / time.as_secs_f64());
+
+    progress("slow bodies");
+    let mut seen = bounded(slow_bodies(port)).await?;
+    figures.insert("first_byte", percentile(&mut seen, 0.5) / MILLISECOND);
+
+    progress("upload");
+    let before = CpuTime::of(pid)?;
+    let begin = std::time::Instant::now();
+    bounded(async { Client::connect(port).await?.upload(UPLOAD_BYTES).await }).await?;
+    let megabytes = number(UPLOAD_BYTES as u64) / MEGABYTE;
+    figures.insert("upload", megabytes / begin.elapsed().as_secs_f64());
+    let cpu = number(CpuTime::of(pid)?.since(&before));
+    figures.insert("cpu_upload", cpu / MICROSECOND / megabytes);
+
+    progress("events");
+    events(port, pid, figures).await?;
+
+    progress("1,000 streams");
+    let held = bounded(load::hold(port, HELD_STREAMS, OPENED_AT_ONCE)).await?;
+    figures.insert(
+        "memory_streams",
+        number(measure::memory(pid, exact)?) / MEGABYTE,
+    );
+    drop(held);
+    Ok(())
+}
+
+/// Nothing here takes longer than [`STEP_TIMEOUT`], whatever the proxy does.
+async fn bounded<T>(step: impl Future<Output = std::io::Result<T>>) -> Result<T, Box<dyn Error>> {
+    match tokio::time::timeout(STEP_TIMEOUT, step).await {
+        Ok(outcome) => Ok(outcome?),
+        Err(_) => Err(format!("hung for {} s", STEP_TIMEOUT.as_secs()).into()),
+    }
+}
+
+/// Several slow bodies, a little after each other.
+async fn slow_bodies(port: u16) -> std::io::Result<Vec<u64>> {
+    let mut tasks = Vec::new();
+    for _ in 0..SLOW_BODIES {
+        tasks.push(tokio::task::spawn_local(async move {
+            // Over a connection that is in use, as between Codex's turns.
+            let mut client = Client::connect(port).await?;
+            let request = crate::wire::small_request(port, crate::wire::Task::Answer);
+            client.exchange(&request).await?;
+            client.slow_body(SLOW_BODY_PAUSE).await
+        }));
+        tokio::time::sleep(SLOW_BODY_PAUSE / 10).await;
+    }
+    let mut seen = Vec::new();
+    for task in tasks {
+        seen.push(task.await.map_err(std::io::Error::other)??);
+    }
+    Ok(seen)
+}
+
+async fn events(port: u16, pid: u32, figures: &mut Figures) -> Result<(), Box<dyn Error>> {
+    let delays = Rc::new(Delays::default());
+    let streams = bounded(load::follow(port, STREAMS, &delays)).await?;
+    tokio::time::sleep(STREAMS_WARM_UP).await;
+    let before = CpuTime::of(pid)?;
+    delays.recording.set(true);
+    tokio::time::sleep(STREAMS_MEASURED).await;
+    delays.recording.set(false);
+    let cpu = number(CpuTime::of(pid)?.since(&before));
+    for stream in streams {
+        stream.abort();
+        // Aborted is what it should be; a stream that ended by itself is an error.
+        if let Ok(ended) = stream.await {
+            ended?;
+        }
+    }
+    let mut delays = delays.delays.take();
+    if delays.is_empty() {
+        return Err("no event came".into());
+    }
+    figures.insert("cpu_event", cpu / MICROSECOND / number(delays.len() as u64));
+    figures.insert("delay_p50", percentile(&mut delays, 0.5) / MICROSECOND);
+    figures.insert("delay_p99", percentile(&mut delays, 0.99) / MICROSECOND);
+    Ok(())
+}

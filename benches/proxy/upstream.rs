@@ -1,0 +1,270 @@
+//! The stand-in upstream: a process of its own that speaks TLS and answers as it is told.
+
+use std::error::Error;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio_rustls::TlsAcceptor;
+
+use crate::wire::{self, BODY_BYTES, HOST, KEY, TASK_HEADER, Task};
+
+/// How long between two events of one stream: the pace of a model that says fifty words a second.
+pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How many events a stream begins with that is then silent: more than the 8 KiB that OpenAI's proxy
+/// waits for before it lets anything go.
+const HELD_EVENTS: usize = 40;
+
+/// What is read from a socket at once. rustls itself would ask for 4 KiB at a time, which would make
+/// uploads this program's limit and not the proxy's.
+const READ_BYTES: usize = 64 << 10;
+
+/// What the upstream answers a small request, in headers about what the real one sends.
+const ANSWER_HEADERS: &str = "date: Sun, 01 Feb 2026 00:00:00 GMT\r\n\
+     x-request-id: req_0123456789abcdef0123456789abcdef\r\n\
+     openai-organization: org-0123456789\r\n\
+     openai-processing-ms: 123\r\n\
+     openai-version: 2020-10-01\r\n\
+     x-ratelimit-limit-requests: 10000\r\n\
+     x-ratelimit-remaining-requests: 9999\r\n\
+     strict-transport-security: max-age=31536000; includeSubDomains; preload\r\n\
+     server: bench\r\n";
+
+/// The running upstream. Dropped, it ends: it watches its stdin.
+pub(crate) struct Upstream {
+    child: Child,
+    pub(crate) port: u16,
+    /// The certificate that signs its own.
+    pub(crate) ca: PathBuf,
+}
+
+impl Upstream {
+    /// Starts it with a certificate of this run.
+    pub(crate) fn start(folder: &Path) -> Result<Self, Box<dyn Error>> {
+        let ca = folder.join("ca.pem");
+        certify(folder, &ca)?;
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("upstream")
+            .arg(folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut port = [0; 2];
+        let mut output = child.stdout.take().ok_or("the upstream has no stdout")?;
+        output.read_exact(&mut port)?;
+        Ok(Self {
+            child,
+            port: u16::from_be_bytes(port),
+            ca,
+        })
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Makes a CA and a certificate for [`HOST`].
+fn certify(folder: &Path, ca: &Path) -> Result<(), Box<dyn Error>> {
+    let ca_key = rcgen::KeyPair::generate()?;
+    let mut ca_params = rcgen::CertificateParams::new(Vec::new())?;
+    ca_params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    std::fs::write(ca, ca_params.self_signed(&ca_key)?.pem())?;
+    let issuer = rcgen::Issuer::new(ca_params, ca_key);
+    let key = rcgen::KeyPair::generate()?;
+    let mut params = rcgen::CertificateParams::new(vec![HOST.to_owned()])?;
+    // OpenSSL takes a certificate whose issuer has its own name for one that signs itself.
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, HOST);
+    let certificate = params.signed_by(&key, &issuer)?;
+    std::fs::write(folder.join("upstream.pem"), certificate.pem())?;
+    std::fs::write(folder.join("upstream.key"), key.serialize_pem())?;
+    Ok(())
+}
+
+/// The process itself: tells its port on stdout, and serves until stdin ends.
+pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
+    let certificates = vec![CertificateDer::from_pem_file(folder.join("upstream.pem"))?];
+    let key = PrivateKeyDer::from_pem_file(folder.join("upstream.key"))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(certificates, key)?;
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+        let mut output = std::io::stdout();
+        output.write_all(&listener.local_addr()?.port().to_be_bytes())?;
+        output.flush()?;
+        let pacer = Pacer::start();
+        loop {
+            let (tcp, _) = listener.accept().await?;
+            tcp.set_nodelay(true)?;
+            let tcp = BufReader::with_capacity(READ_BYTES, tcp);
+            let (pacer, acceptor) = (Arc::clone(&pacer), acceptor.clone());
+            tokio::spawn(async move {
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    let _ = serve(stream, &pacer).await;
+                }
+            });
+        }
+    })
+}
+
+/// Lets streams send one after the other and evenly spread, so that each event goes alone.
+///
+/// A thread of its own: the event loop's timers are no finer than a millisecond.
+struct Pacer(Mutex<Vec<Arc<Notify>>>);
+
+impl Pacer {
+    fn start() -> Arc<Self> {
+        let pacer = Arc::new(Self(Mutex::default()));
+        let worker = Arc::clone(&pacer);
+        std::thread::spawn(move || {
+            let mut next = Instant::now();
+            loop {
+                let streams = worker.streams().clone();
+                let count = u32::try_from(streams.len()).unwrap_or(u32::MAX);
+                let gap = EVENT_INTERVAL / count.max(1);
+                for stream in streams {
+                    next += gap;
+                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                    stream.notify_one();
+                }
+                if count == 0 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                // What was missed is not made up for: that would be a burst.
+                next = next.max(Instant::now());
+            }
+        });
+        pacer
+    }
+
+    fn streams(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Serves one connection until the proxy closes it.
+async fn serve<S>(mut stream: S, pacer: &Pacer) -> std::io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let bearer = format!("Bearer {KEY}");
+    let mut input = vec![0; READ_BYTES];
+    loop {
+        let mut filled = 0;
+        let end = loop {
+            if let Some(end) = wire::head_end(&input[..filled]) {
+                break end;
+            }
+            match stream.read(&mut input[filled..]).await? {
+                0 => return Ok(()),
+                count => filled += count,
+            }
+        };
+        let head = &input[..end];
+        let task = wire::header(head, TASK_HEADER).and_then(Task::parse);
+        let authorized = wire::header(head, "authorization") == Some(bearer.as_bytes());
+        let (Some(task), Some(length), true) = (task, wire::content_length(head), authorized)
+        else {
+            let refusal = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(refusal).await?;
+            return stream.flush().await;
+        };
+        let mut first = wire::now();
+        let mut taken = filled - end;
+        while taken < length {
+            let before = taken;
+            match stream.read(&mut input).await? {
+                0 => return Ok(()),
+                count => taken += count,
+            }
+            if before == 0 {
+                first = wire::now();
+            }
+        }
+        if task == Task::Answer {
+            stream.write_all(&answer(first)).await?;
+            stream.flush().await?;
+        } else {
+            return events(stream, task, pacer).await;
+        }
+    }
+}
+
+fn answer(first: u64) -> Vec<u8> {
+    let mut answer = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{ANSWER_HEADERS}content-length: {BODY_BYTES}\r\n\r\n{first:019}"
+    )
+    .into_bytes();
+    answer.resize(answer.len() + BODY_BYTES - wire::STAMP_DIGITS, b'x');
+    answer
+}
+
+/// Sends events until the other side is gone. Each is a write, and so a TLS record, of its own.
+async fn events<S>(mut stream: S, task: Task, pacer: &Pacer) -> std::io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n{ANSWER_HEADERS}transfer-encoding: chunked\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.flush().await?;
+    let turn = Arc::new(Notify::new());
+    if task == Task::Stream {
+        pacer.streams().push(Arc::clone(&turn));
+    } else {
+        for _ in 0..HELD_EVENTS {
+            event(&mut stream).await?;
+        }
+    }
+    let mut rest = [0; 64];
+    let outcome = loop {
+        tokio::select! {
+            () = turn.notified() => if let Err(error) = event(&mut stream).await {
+                break Err(error);
+            },
+            read = stream.read(&mut rest) => match read {
+                Ok(0) => break Ok(()),
+                Ok(_) => {}
+                Err(error) => break Err(error),
+            }
+        }
+    };
+    pacer.streams().retain(|other| !Arc::ptr_eq(other, &turn));
+    outcome
+}
+
+async fn event<S: AsyncWrite + Unpin>(stream: &mut S) -> std::io::Result<()> {
+    let mut chunk = format!("{:x}\r\n", wire::EVENT_BYTES).into_bytes();
+    chunk.extend_from_slice(&wire::event());
+    chunk.extend_from_slice(b"\r\n");
+    stream.write_all(&chunk).await?;
+    stream.flush().await
+}
