@@ -18,6 +18,9 @@ const READ_BYTES: usize = 16 << 10;
 /// What of a large body is written at once.
 const WRITE_BYTES: usize = 256 << 10;
 
+/// How long a stream is given before it is asked for events.
+const STEPS_PAUSE: Duration = Duration::from_millis(200);
+
 /// A connection to the proxy.
 pub(crate) struct Client {
     tcp: TcpStream,
@@ -171,7 +174,7 @@ pub(crate) async fn one_by_one(port: u16, count: usize, bound: Duration) -> io::
     let mut client = Client::connect(port).await?;
     let request = wire::small_request(port, Task::Answer);
     let begin = Instant::now();
-    let mut times = Vec::with_capacity(count);
+    let mut times = Vec::new();
     while times.len() < count && begin.elapsed() < bound {
         let sent = Instant::now();
         client.exchange(&request).await?;
@@ -266,4 +269,26 @@ pub(crate) async fn hold(port: u16, count: usize, at_once: usize) -> io::Result<
         clients.extend(task.await.map_err(io::Error::other)??);
     }
     Ok(clients)
+}
+
+/// One stream whose events are sent when asked for, `count` of them, each when the last has come.
+pub(crate) async fn steps(
+    client: &mut Client,
+    count: u32,
+    mut step: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    let mut events = client.stream(Task::Step).await?;
+    // The upstream may have sent the head before the stream was ready for steps.
+    tokio::time::sleep(STEPS_PAUSE).await;
+    for _ in 0..count {
+        step()?;
+        while events.data.len() < EVENT_BYTES {
+            match client.tcp.read(&mut client.input).await? {
+                0 => return Err(broken("a stream was broken off")),
+                read => events.chunks.feed(&client.input[..read], &mut events.data),
+            };
+        }
+        events.data.clear();
+    }
+    Ok(())
 }

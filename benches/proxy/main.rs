@@ -4,11 +4,16 @@
 //! | --- | --- |
 //! | none | measures, prints a table, and writes `target/tmp/bench/proxy.json` |
 //! | `rounds N` | the same with N rounds and no bound on time |
-//! | `profile PEER requests\|one\|events SECONDS` | keeps one proxy busy for a profiler |
+//! | `instructions` | instructions per request and per event, where valgrind is installed |
+//! | `profile PEER requests\|one\|events\|streams SECONDS` | keeps one proxy busy for a profiler |
+//!
+//! `PROXY`, `NGINX`, `HAPROXY` and `CODEX` may name the programs to measure; without them it is the one
+//! just built and those on `PATH`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod config;
+mod instructions;
 mod load;
 mod measure;
 mod peers;
@@ -55,6 +60,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         [] if !by_cargo_bench => Ok(()),
         [] => benchmark(ROUNDS, TIME_LIMIT),
         ["rounds", count] => benchmark(count.parse()?, Duration::MAX),
+        ["instructions"] => instructions::main(&folder()?),
         ["profile", peer, kind, seconds] => profile::main(
             &folder()?,
             peer,

@@ -56,11 +56,10 @@ impl Kind {
 
 /// Everything that is here to be measured, ours first.
 pub(crate) fn all(folder: &Path) -> Vec<Peer> {
-    let ours = PathBuf::from(env!("CARGO_BIN_EXE_codex-responses-api-proxy"));
     let others = Kind::OTHERS
         .into_iter()
         .filter_map(|kind| Some((kind, find(kind, folder)?)));
-    std::iter::once((Kind::Ours, ours))
+    std::iter::once((Kind::Ours, ours()))
         .chain(others)
         .map(|(kind, binary)| Peer {
             kind,
@@ -68,6 +67,12 @@ pub(crate) fn all(folder: &Path) -> Vec<Peer> {
             binary,
         })
         .collect()
+}
+
+/// This proxy: the program just built, unless `PROXY` names another build of it.
+pub(crate) fn ours() -> PathBuf {
+    let built = env!("CARGO_BIN_EXE_codex-responses-api-proxy");
+    std::env::var_os("PROXY").map_or_else(|| built.into(), PathBuf::from)
 }
 
 /// The program that the variable named like the kind says, or else one on `PATH` (or where daemons
@@ -154,6 +159,11 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) fn pid(&self) -> u32 {
         self.guard.0.id()
+    }
+
+    /// Waits until it ends.
+    pub(crate) fn wait(&mut self) -> std::io::Result<()> {
+        self.guard.0.wait().map(drop)
     }
 }
 

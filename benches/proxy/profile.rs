@@ -6,14 +6,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::load::{self, Delays};
-use crate::measure::{CpuTime, number};
+use crate::measure::{self, CpuTime, number};
 use crate::peers;
+use crate::round::{HELD_STREAMS, MEGABYTE, MICROSECOND, OPENED_AT_ONCE};
 use crate::upstream::Upstream;
 
 /// How long the proxy waits for its load once its process id is told.
-const HEAD_START: Duration = Duration::from_secs(1);
+const HEAD_START: Duration = Duration::from_secs(2);
 
-/// Gives the proxy `name` the load `kind` (`requests`, `one` or `events`) for `length`, tells its
+/// Gives the proxy `name` the load `kind` (`requests`, `one`, `events` or `streams`) for `length`, tells its
 /// process id before, and how much it did after.
 pub(crate) fn main(
     folder: &Path,
@@ -47,12 +48,19 @@ pub(crate) fn main(
                 streams.iter().for_each(tokio::task::JoinHandle::abort);
                 delays.delays.borrow().len() as u64
             }
-            _ => return Err("the load is one of: requests, one, events".into()),
+            "streams" => {
+                let held = load::hold(port, HELD_STREAMS, OPENED_AT_ONCE).await?;
+                tokio::time::sleep(length).await;
+                let memory = measure::memory(pid, measure::memory_is_exact(pid))?;
+                println!("{:.1} MB", number(memory) / MEGABYTE);
+                held.len() as u64
+            }
+            _ => return Err("the load is one of: requests, one, events, streams".into()),
         };
         let cpu = number(CpuTime::of(pid)?.since(&before));
         println!(
             "{count} {kind}, {:.1} µs of CPU each",
-            cpu / 1_000.0 / number(count)
+            cpu / MICROSECOND / number(count)
         );
         Ok(())
     })

@@ -44,12 +44,12 @@ const SLOW_BODY_PAUSE: Duration = Duration::from_millis(300);
 const SLOW_BODIES: usize = 5;
 
 /// Streams that are held open for their memory, and how many are opened at a time.
-const HELD_STREAMS: usize = 1_000;
-const OPENED_AT_ONCE: usize = 16;
+pub(crate) const HELD_STREAMS: usize = 1_000;
+pub(crate) const OPENED_AT_ONCE: usize = 16;
 
-const MICROSECOND: f64 = 1_000.0;
+pub(crate) const MICROSECOND: f64 = 1_000.0;
 const MILLISECOND: f64 = 1_000_000.0;
-const MEGABYTE: f64 = 1_000_000.0;
+pub(crate) const MEGABYTE: f64 = 1_000_000.0;
 
 /// Gives `peer` its turn, and tells each step before it.
 pub(crate) fn measure(

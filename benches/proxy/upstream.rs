@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::ServerConfig;
@@ -24,6 +24,9 @@ pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(20);
 /// How many events a stream begins with that is then silent: more than the 8 KiB that OpenAI's proxy
 /// waits for before it lets anything go.
 const HELD_EVENTS: usize = 40;
+
+/// How long the pacer waits for a first stream.
+const EMPTY_PAUSE: Duration = Duration::from_millis(1);
 
 /// What is read from a socket at once. rustls itself would ask for 4 KiB at a time, which would make
 /// uploads this program's limit and not the proxy's.
@@ -49,6 +52,12 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
+    /// Lets every [`Task::Step`] stream send one event.
+    pub(crate) fn step(&mut self) -> std::io::Result<()> {
+        let steps = self.child.stdin.as_mut();
+        steps.map_or(Ok(()), |stdin| stdin.write_all(b"."))
+    }
+
     /// Starts it with a certificate of this run.
     pub(crate) fn start(folder: &Path) -> Result<Self, Box<dyn Error>> {
         let ca = folder.join("ca.pem");
@@ -107,10 +116,7 @@ pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
         .with_no_client_auth()
         .with_single_cert(certificates, key)?;
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    std::thread::spawn(|| {
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
-        std::process::exit(0);
-    });
+    let pacer = Pacer::start();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -119,7 +125,6 @@ pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
         let mut output = std::io::stdout();
         output.write_all(&listener.local_addr()?.port().to_be_bytes())?;
         output.flush()?;
-        let pacer = Pacer::start();
         loop {
             let (tcp, _) = listener.accept().await?;
             tcp.set_nodelay(true)?;
@@ -134,38 +139,71 @@ pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
     })
 }
 
-/// Lets streams send one after the other and evenly spread, so that each event goes alone.
-///
-/// A thread of its own: the event loop's timers are no finer than a millisecond.
-struct Pacer(Mutex<Vec<Arc<Notify>>>);
+/// Streams that wait for their turn to send an event.
+#[derive(Default)]
+struct Turns(Mutex<Vec<Arc<Notify>>>);
+
+impl Turns {
+    fn all(&self) -> MutexGuard<'_, Vec<Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells streams when to send: threads of their own, as the event loop's timers are no finer than a
+/// millisecond.
+#[derive(Default)]
+struct Pacer {
+    /// These send one after the other and evenly spread, so that each event goes alone.
+    paced: Turns,
+    /// These send one event for each byte that comes on stdin.
+    stepped: Turns,
+}
 
 impl Pacer {
+    /// Starts the threads. When stdin ends, so does the process.
     fn start() -> Arc<Self> {
-        let pacer = Arc::new(Self(Mutex::default()));
+        let pacer = Arc::new(Self::default());
+        let worker = Arc::clone(&pacer);
+        std::thread::spawn(move || worker.pace());
         let worker = Arc::clone(&pacer);
         std::thread::spawn(move || {
-            let mut next = Instant::now();
-            loop {
-                let streams = worker.streams().clone();
-                let count = u32::try_from(streams.len()).unwrap_or(u32::MAX);
-                let gap = EVENT_INTERVAL / count.max(1);
-                for stream in streams {
-                    next += gap;
-                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
-                    stream.notify_one();
-                }
-                if count == 0 {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                // What was missed is not made up for: that would be a burst.
-                next = next.max(Instant::now());
+            let mut step = [0];
+            while std::io::stdin().read_exact(&mut step).is_ok() {
+                worker
+                    .stepped
+                    .all()
+                    .iter()
+                    .for_each(|turn| turn.notify_one());
             }
+            std::process::exit(0);
         });
         pacer
     }
 
-    fn streams(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Notify>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pace(&self) {
+        let mut next = Instant::now();
+        loop {
+            let turns = self.paced.all().clone();
+            let gap = EVENT_INTERVAL / u32::try_from(turns.len()).unwrap_or(u32::MAX).max(1);
+            for turn in &turns {
+                next += gap;
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                turn.notify_one();
+            }
+            if turns.is_empty() {
+                std::thread::sleep(EMPTY_PAUSE);
+            }
+            // What was missed is not made up for: that would be a burst.
+            next = next.max(Instant::now());
+        }
+    }
+
+    fn turns(&self, task: Task) -> Option<&Turns> {
+        match task {
+            Task::Stream => Some(&self.paced),
+            Task::Step => Some(&self.stepped),
+            Task::Hold | Task::Answer => None,
+        }
     }
 }
 
@@ -237,11 +275,12 @@ where
     stream.write_all(head.as_bytes()).await?;
     stream.flush().await?;
     let turn = Arc::new(Notify::new());
-    if task == Task::Stream {
-        pacer.streams().push(Arc::clone(&turn));
-    } else {
-        for _ in 0..HELD_EVENTS {
-            event(&mut stream).await?;
+    match pacer.turns(task) {
+        Some(turns) => turns.all().push(Arc::clone(&turn)),
+        None => {
+            for _ in 0..HELD_EVENTS {
+                event(&mut stream).await?;
+            }
         }
     }
     let mut rest = [0; 64];
@@ -257,7 +296,9 @@ where
             }
         }
     };
-    pacer.streams().retain(|other| !Arc::ptr_eq(other, &turn));
+    if let Some(turns) = pacer.turns(task) {
+        turns.all().retain(|other| !Arc::ptr_eq(other, &turn));
+    }
     outcome
 }
 

@@ -35,14 +35,17 @@ pub(crate) enum Task {
     Answer,
     /// One event at a time, at the upstream's pace, until the client leaves.
     Stream,
+    /// One event each time that the upstream is told to, see [`crate::upstream::Upstream::step`].
+    Step,
     /// Some events, then silence until the client leaves.
     Hold,
 }
 
 impl Task {
-    const ALL: [(Self, &'static str); 3] = [
+    const ALL: [(Self, &'static str); 4] = [
         (Self::Answer, "answer"),
         (Self::Stream, "stream"),
+        (Self::Step, "step"),
         (Self::Hold, "hold"),
     ];
 
