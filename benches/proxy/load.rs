@@ -21,6 +21,10 @@ const WRITE_BYTES: usize = 256 << 10;
 /// How long a stream is given before it is asked for events.
 const STEPS_PAUSE: Duration = Duration::from_millis(200);
 
+/// How long a new connection may go unserved, and how many are tried.
+const PATIENCE: Duration = Duration::from_secs(1);
+const ATTEMPTS: usize = 5;
+
 /// A connection to the proxy.
 pub(crate) struct Client {
     tcp: TcpStream,
@@ -41,6 +45,29 @@ impl Client {
             port,
             input: vec![0; READ_BYTES],
         })
+    }
+
+    /// Connects and lets `first` use the connection; anew if that takes longer than [`PATIENCE`].
+    ///
+    /// OpenAI's proxy now and then leaves a connection unserved while others are busy.
+    pub(crate) async fn served<T>(
+        port: u16,
+        first: impl AsyncFn(&mut Self) -> io::Result<T>,
+    ) -> io::Result<(Self, T)> {
+        for _ in 0..ATTEMPTS {
+            let mut client = Self::connect(port).await?;
+            if let Ok(outcome) = tokio::time::timeout(PATIENCE, first(&mut client)).await {
+                return Ok((client, outcome?));
+            }
+        }
+        Err(broken("the proxy serves no connection"))
+    }
+
+    /// [`Client::served`] with a small request.
+    pub(crate) async fn warm(port: u16) -> io::Result<Self> {
+        let request = wire::small_request(port, Task::Answer);
+        let served = Self::served(port, async |client| client.exchange(&request).await);
+        Ok(served.await?.0)
     }
 
     /// Reads the head of an answer that must be 200; gives where it ends and what has come.
@@ -171,7 +198,7 @@ impl Delays {
 /// `count` requests one after the other over one connection, or as many as `bound` allows; gives the
 /// nanoseconds of each.
 pub(crate) async fn one_by_one(port: u16, count: usize, bound: Duration) -> io::Result<Vec<u64>> {
-    let mut client = Client::connect(port).await?;
+    let mut client = Client::warm(port).await?;
     let request = wire::small_request(port, Task::Answer);
     let begin = Instant::now();
     let mut times = Vec::new();
@@ -192,11 +219,7 @@ pub(crate) async fn at_once(
 ) -> io::Result<(u64, Duration)> {
     let mut clients = Vec::new();
     for _ in 0..connections {
-        let mut client = Client::connect(port).await?;
-        client
-            .exchange(&wire::small_request(port, Task::Answer))
-            .await?;
-        clients.push(client);
+        clients.push(Client::warm(port).await?);
     }
     let begin = Instant::now();
     let tasks: Vec<JoinHandle<io::Result<u64>>> = clients
@@ -228,10 +251,10 @@ pub(crate) async fn follow(
 ) -> io::Result<Vec<JoinHandle<io::Result<()>>>> {
     let mut tasks = Vec::new();
     for _ in 0..count {
-        let mut client = Client::connect(port).await?;
         let delays = Rc::clone(delays);
         tasks.push(spawn_local(async move {
-            let mut events = client.stream(Task::Stream).await?;
+            let stream = async |client: &mut Client| client.stream(Task::Stream).await;
+            let (mut client, mut events) = Client::served(port, stream).await?;
             loop {
                 delays.take(&mut events.data)?;
                 match client.tcp.read(&mut client.input).await? {
@@ -255,8 +278,8 @@ pub(crate) async fn hold(port: u16, count: usize, at_once: usize) -> io::Result<
             spawn_local(async move {
                 let mut clients = Vec::new();
                 for _ in 0..share {
-                    let mut client = Client::connect(port).await?;
-                    client.stream(Task::Hold).await?;
+                    let stream = async |client: &mut Client| client.stream(Task::Hold).await;
+                    let (mut client, _) = Client::served(port, stream).await?;
                     client.input = Vec::new();
                     clients.push(client);
                 }

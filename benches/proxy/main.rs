@@ -29,12 +29,17 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::peers::Peer;
 use crate::report::Report;
+use crate::round::{Figures, Step};
 use crate::upstream::Upstream;
 
 /// How many rounds there are at most, and at least.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 11;
 const LEAST_ROUNDS: usize = 3;
+
+/// How often each proxy is measured alone.
+const ALONE_ROUNDS: usize = 2;
 
 /// No round is begun that would probably end later than this.
 const TIME_LIMIT: Duration = Duration::from_secs(112);
@@ -87,28 +92,52 @@ fn benchmark(rounds: usize, limit: Duration) -> Result<(), Box<dyn Error>> {
     let peers = peers::all(&folder);
     let upstream = Upstream::start(&folder)?;
     let mut report = Report::new(&peers);
+    for round in 0..ALONE_ROUNDS {
+        for peer in &peers {
+            progress(&format!(
+                "{} alone, {} of {ALONE_ROUNDS}",
+                peer.kind.name(),
+                round + 1
+            ));
+            let figures = round::alone(peer, &place(&folder, peer)?, &upstream);
+            report.add(peer.kind, figures)?;
+        }
+    }
+    let mut running = Vec::new();
+    for peer in &peers {
+        running.push(peer.start(&place(&folder, peer)?, &upstream)?);
+    }
+    let alone = begin.elapsed();
     for round in 0..rounds {
         let spent = begin.elapsed();
-        let next = spent / u32::try_from(round.max(1))?;
+        let next = (spent - alone) / u32::try_from(round.max(1))?;
         if round >= LEAST_ROUNDS && spent + next > limit {
             break;
         }
-        for index in 0..peers.len() {
-            // Nobody is always first or always behind the same one.
-            let peer = &peers[(index + round) % peers.len()];
-            let place = folder.join(format!("{}-{round}", peer.kind.name().replace(' ', "-")));
-            std::fs::create_dir_all(&place)?;
-            let figures = round::measure(peer, &place, &upstream, |step| {
+        let mut figures: Vec<_> = peers.iter().map(|_| Ok(Figures::new())).collect();
+        for step in Step::ALL {
+            for index in 0..peers.len() {
+                // Nobody is always first or always behind the same one.
+                let index = (index + round) % peers.len();
+                let peer = &peers[index];
                 progress(&format!(
-                    "round {} of {rounds}: {}: {step}",
+                    "round {}: {}: {step:?}",
                     round + 1,
                     peer.kind.name()
                 ));
-            })
-            .map_err(|error| format!("{}: {error}", peer.kind.name()))?;
-            report.add(peer.kind, figures);
+                if let Ok(known) = &mut figures[index]
+                    && !report.has_failed(peer.kind)
+                    && let Err(error) = step.measure(&running[index], known)
+                {
+                    figures[index] = Err(error);
+                }
+            }
+        }
+        for (peer, figures) in peers.iter().zip(figures) {
+            report.add(peer.kind, figures)?;
         }
     }
+    drop(running);
     progress("");
     report.finish(begin.elapsed());
     println!("{}", report.table());
@@ -118,12 +147,19 @@ fn benchmark(rounds: usize, limit: Duration) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// A folder for one proxy's files.
+fn place(folder: &Path, peer: &Peer) -> std::io::Result<PathBuf> {
+    let place = folder.join(peer.kind.name().replace(' ', "-"));
+    std::fs::create_dir_all(&place)?;
+    Ok(place)
+}
+
 /// Says what is being done, on one line that the next replaces; in a log, each on its own.
 fn progress(text: &str) {
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K{text}");
         let _ = std::io::stderr().flush();
-    } else if text.ends_with("start") {
+    } else if !text.is_empty() {
         eprintln!("{text}");
     }
 }

@@ -76,16 +76,16 @@ pub(crate) fn ours() -> PathBuf {
 }
 
 /// The program that the variable named like the kind says, or else one on `PATH` (or where daemons
-/// are, which is not on everybody's).
+/// are, which is not on everybody's). An empty variable leaves it out.
 fn find(kind: Kind, folder: &Path) -> Option<PathBuf> {
     let named = std::env::var_os(kind.name().to_uppercase()).map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = named.or_else(|| {
-        std::env::split_paths(&path)
-            .chain(["/usr/sbin".into(), "/usr/local/sbin".into()])
-            .map(|place| place.join(kind.name()))
-            .find(|file| file.is_file())
-    })?;
+    let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/usr/local/sbin".into()]);
+    let mut candidates: Vec<PathBuf> = places.map(|place| place.join(kind.name())).collect();
+    if let Some(named) = named {
+        candidates = vec![named];
+    }
+    let found = candidates.into_iter().find(|file| file.is_file())?;
     match kind {
         Kind::Codex => behind_wrapper(&found, folder),
         _ => Some(found),

@@ -1,6 +1,7 @@
 //! Medians, ratios and goals, as a table and as JSON.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fmt::Write;
 use std::process::Command;
 use std::time::Duration;
@@ -81,6 +82,7 @@ const GOALS: [Goal; 10] = [
 pub(crate) struct Report<'a> {
     peers: &'a [Peer],
     rounds: BTreeMap<&'static str, Vec<Figures>>,
+    failures: BTreeMap<&'static str, String>,
     machine: Value,
     time: Duration,
 }
@@ -90,31 +92,57 @@ impl<'a> Report<'a> {
         Self {
             peers,
             rounds: BTreeMap::new(),
+            failures: BTreeMap::new(),
             machine: machine(),
             time: Duration::ZERO,
         }
     }
 
-    pub(crate) fn add(&mut self, kind: Kind, figures: Figures) {
+    /// Takes the next figures, all proxies' in the same order.
+    ///
+    /// A peer that fails is told of and left alone from then on; the run is about this proxy.
+    pub(crate) fn add(
+        &mut self,
+        kind: Kind,
+        figures: Result<Figures, Box<dyn Error>>,
+    ) -> Result<(), Box<dyn Error>> {
+        let figures = match figures {
+            Err(error) if kind == Kind::Ours => return Err(error),
+            Err(error) => {
+                self.failures.insert(kind.name(), error.to_string());
+                Figures::new()
+            }
+            Ok(figures) => figures,
+        };
         self.rounds.entry(kind.name()).or_default().push(figures);
+        Ok(())
+    }
+
+    pub(crate) fn has_failed(&self, kind: Kind) -> bool {
+        self.failures.contains_key(kind.name())
     }
 
     pub(crate) fn finish(&mut self, time: Duration) {
         self.time = time;
     }
 
+    fn rounds(&self, kind: Kind) -> &[Figures] {
+        self.rounds.get(kind.name()).map_or(&[], Vec::as_slice)
+    }
+
     fn values(&self, kind: Kind, key: &str) -> Vec<f64> {
-        let rounds = self.rounds.get(kind.name()).map_or(&[][..], Vec::as_slice);
-        rounds
-            .iter()
-            .filter_map(|figures| figures.get(key).copied())
+        let figures = self.rounds(kind).iter();
+        figures
+            .filter_map(|round| round.get(key).copied())
             .collect()
     }
 
     /// The median over rounds of this proxy's figure divided by the other's in the same round.
     fn ratio(&self, key: &str, to: Kind) -> f64 {
-        let (ours, theirs) = (self.values(Kind::Ours, key), self.values(to, key));
-        let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+        let rounds = self.rounds(Kind::Ours).iter().zip(self.rounds(to));
+        let ratios: Vec<f64> = rounds
+            .filter_map(|(ours, theirs)| Some(ours.get(key)? / theirs.get(key)?))
+            .collect();
         median(&ratios)
     }
 
@@ -155,11 +183,12 @@ impl<'a> Report<'a> {
             }
             text.push('\n');
         }
-        let rounds = self.rounds.values().map(Vec::len).max().unwrap_or(0);
+        let rounds = self.values(Kind::Ours, "cpu_request").len();
         let of = |key| self.machine[key].as_str().unwrap_or_default();
         let _ = writeln!(
             text,
-            "\nMedians over {rounds} rounds; in brackets this proxy's figure divided by the peer's. {} UTC, {} cores of {}, Linux {}, load {} before.\n",
+            "\nMedians over {rounds} rounds in {} s; in brackets this proxy's figure divided by the peer's. {} UTC, {} cores of {}, Linux {}, load {} before.\n",
+            self.time.as_secs(),
             of("date"),
             self.machine["cores"],
             of("cpu"),
@@ -168,6 +197,12 @@ impl<'a> Report<'a> {
         );
         for peer in self.peers {
             let _ = writeln!(text, "- {}: {}", peer.kind.name(), peer.note());
+        }
+        for (name, error) in &self.failures {
+            let _ = writeln!(
+                text,
+                "- {name} failed and was left out from then on: {error}"
+            );
         }
         text.push('\n');
         for (goal, reached, enough) in self.goals() {
@@ -229,6 +264,7 @@ impl<'a> Report<'a> {
             "peers": peers,
             "measures": measures,
             "goals": goals,
+            "failures": self.failures,
         })
     }
 }
@@ -240,6 +276,9 @@ fn label(key: &str) -> &'static str {
 
 /// Three digits that count.
 fn rounded(value: f64) -> String {
+    if value.is_nan() {
+        return "–".to_owned();
+    }
     let digits = match value.abs() {
         0.0..0.1 => 4,
         0.1..10.0 => 2,

@@ -1,15 +1,15 @@
-//! One proxy's turn in a round: started, loaded in every way, and ended.
+//! What is measured: each proxy alone for its memory, then all in turn, step by step.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::load::{self, Client, Delays};
 use crate::measure::{self, CpuTime, number, percentile};
-use crate::peers::Peer;
+use crate::peers::{Peer, Running};
 use crate::upstream::Upstream;
 
 /// What was measured, by the names in [`crate::report::MEASURES`].
@@ -18,30 +18,30 @@ pub(crate) type Figures = BTreeMap<&'static str, f64>;
 /// How long a step may take that is not bounded by itself. Whoever takes longer hangs.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Requests before anything is measured.
-const WARM_UP: usize = 300;
+/// Requests before any are measured.
+const WARM_UP: usize = 100;
 
 /// Requests on one connection, and how long they may take.
-const ONE_BY_ONE: usize = 4_000;
-const ONE_BY_ONE_BOUND: Duration = Duration::from_millis(800);
+const ONE_BY_ONE: usize = 3_000;
+const ONE_BY_ONE_BOUND: Duration = Duration::from_millis(400);
 
 /// Connections at once, and for how long.
 const CONNECTIONS: usize = 16;
-const AT_ONCE: Duration = Duration::from_millis(800);
+const AT_ONCE: Duration = Duration::from_millis(400);
 
 /// Streams that are followed; at [`crate::upstream::EVENT_INTERVAL`] they are 3,200 events a second.
 const STREAMS: usize = 64;
 
 /// How long streams go on before they are measured, and for how long they are.
-const STREAMS_WARM_UP: Duration = Duration::from_millis(300);
-const STREAMS_MEASURED: Duration = Duration::from_millis(1_300);
+const STREAMS_WARM_UP: Duration = Duration::from_millis(200);
+const STREAMS_MEASURED: Duration = Duration::from_millis(700);
 
 /// A large body, in bytes.
 const UPLOAD_BYTES: usize = 64 << 20;
 
 /// Between the first byte of a slow body and the rest, and how many bodies are sent so.
 const SLOW_BODY_PAUSE: Duration = Duration::from_millis(300);
-const SLOW_BODIES: usize = 5;
+const SLOW_BODIES: usize = 3;
 
 /// Streams that are held open for their memory, and how many are opened at a time.
 pub(crate) const HELD_STREAMS: usize = 1_000;
@@ -51,82 +51,110 @@ pub(crate) const MICROSECOND: f64 = 1_000.0;
 const MILLISECOND: f64 = 1_000_000.0;
 pub(crate) const MEGABYTE: f64 = 1_000_000.0;
 
-/// Gives `peer` its turn, and tells each step before it.
-pub(crate) fn measure(
+/// What is done with every proxy before the next is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Step {
+    OneConnection,
+    Connections,
+    SlowBodies,
+    Upload,
+    Events,
+}
+
+impl Step {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::OneConnection,
+        Self::Connections,
+        Self::SlowBodies,
+        Self::Upload,
+        Self::Events,
+    ];
+
+    /// Does it with one proxy.
+    pub(crate) fn measure(
+        self,
+        running: &Running,
+        figures: &mut Figures,
+    ) -> Result<(), Box<dyn Error>> {
+        let (port, pid) = (running.port, running.pid());
+        block_on(async {
+            match self {
+                Self::OneConnection => one_connection(port, pid, figures).await,
+                Self::Connections => connections(port, pid, figures).await,
+                Self::SlowBodies => {
+                    let mut seen = bounded(slow_bodies(port)).await?;
+                    figures.insert("first_byte", percentile(&mut seen, 0.5) / MILLISECOND);
+                    Ok(())
+                }
+                Self::Upload => upload(port, pid, figures).await,
+                Self::Events => events(port, pid, figures).await,
+            }
+        })
+    }
+}
+
+/// What a proxy needs, with no other running that would share memory with it.
+pub(crate) fn alone(
     peer: &Peer,
     folder: &Path,
     upstream: &Upstream,
-    progress: impl Fn(&str),
 ) -> Result<Figures, Box<dyn Error>> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build_local(tokio::runtime::LocalOptions::default())?;
-    progress("start");
     let running = peer.start(folder, upstream)?;
+    let (port, pid) = (running.port, running.pid());
+    let exact = measure::memory_is_exact(pid);
     let start_time = number(u64::try_from(running.start_time.as_nanos())?);
-    let mut figures = Figures::from([
-        ("start", start_time / MILLISECOND),
-        ("size", number(peer.size()) / MEGABYTE),
-    ]);
-    runtime.block_on(load(running.port, running.pid(), &mut figures, progress))?;
-    Ok(figures)
+    let megabytes = || measure::memory(pid, exact).map(|bytes| number(bytes) / MEGABYTE);
+    block_on(async {
+        bounded(load::one_by_one(port, 1, STEP_TIMEOUT)).await?;
+        let idle = megabytes()?;
+        let held = bounded(load::hold(port, HELD_STREAMS, OPENED_AT_ONCE)).await?;
+        let streams = megabytes()?;
+        drop(held);
+        Ok(Figures::from([
+            ("start", start_time / MILLISECOND),
+            ("size", number(peer.size()) / MEGABYTE),
+            ("memory_idle", idle),
+            ("memory_streams", streams),
+        ]))
+    })
 }
 
-async fn load(
-    port: u16,
-    pid: u32,
-    figures: &mut Figures,
-    progress: impl Fn(&str),
-) -> Result<(), Box<dyn Error>> {
-    let exact = measure::memory_is_exact(pid);
-    bounded(load::one_by_one(port, 1, STEP_TIMEOUT)).await?;
-    figures.insert(
-        "memory_idle",
-        number(measure::memory(pid, exact)?) / MEGABYTE,
-    );
+fn block_on<T>(load: impl Future<Output = Result<T, Box<dyn Error>>>) -> Result<T, Box<dyn Error>> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())?
+        .block_on(load)
+}
 
-    progress("one connection");
+async fn one_connection(port: u16, pid: u32, figures: &mut Figures) -> Result<(), Box<dyn Error>> {
     bounded(load::one_by_one(port, WARM_UP, ONE_BY_ONE_BOUND)).await?;
     let before = CpuTime::of(pid)?;
     let mut times = bounded(load::one_by_one(port, ONE_BY_ONE, ONE_BY_ONE_BOUND)).await?;
-    let cpu = number(CpuTime::of(pid)?.since(&before));
-    figures.insert(
-        "cpu_request_one",
-        cpu / MICROSECOND / number(times.len() as u64),
-    );
+    let cpu = number(CpuTime::of(pid)?.since(&before)) / MICROSECOND;
+    figures.insert("cpu_request_one", cpu / number(times.len() as u64));
     figures.insert("latency_p50", percentile(&mut times, 0.5) / MICROSECOND);
     figures.insert("latency_p99", percentile(&mut times, 0.99) / MICROSECOND);
+    Ok(())
+}
 
-    progress("16 connections");
+async fn connections(port: u16, pid: u32, figures: &mut Figures) -> Result<(), Box<dyn Error>> {
     let before = CpuTime::of(pid)?;
     let (count, time) = bounded(load::at_once(port, CONNECTIONS, AT_ONCE)).await?;
-    let cpu = number(CpuTime::of(pid)?.since(&before));
-    figures.insert("cpu_request", cpu / MICROSECOND / number(count));
+    let cpu = number(CpuTime::of(pid)?.since(&before)) / MICROSECOND;
+    figures.insert("cpu_request", cpu / number(count));
     figures.insert("requests_per_second", number(count) / time.as_secs_f64());
+    Ok(())
+}
 
-    progress("slow bodies");
-    let mut seen = bounded(slow_bodies(port)).await?;
-    figures.insert("first_byte", percentile(&mut seen, 0.5) / MILLISECOND);
-
-    progress("upload");
+async fn upload(port: u16, pid: u32, figures: &mut Figures) -> Result<(), Box<dyn Error>> {
+    let mut client = bounded(Client::warm(port)).await?;
     let before = CpuTime::of(pid)?;
-    let begin = std::time::Instant::now();
-    bounded(async { Client::connect(port).await?.upload(UPLOAD_BYTES).await }).await?;
+    let begin = Instant::now();
+    bounded(client.upload(UPLOAD_BYTES)).await?;
     let megabytes = number(UPLOAD_BYTES as u64) / MEGABYTE;
     figures.insert("upload", megabytes / begin.elapsed().as_secs_f64());
-    let cpu = number(CpuTime::of(pid)?.since(&before));
-    figures.insert("cpu_upload", cpu / MICROSECOND / megabytes);
-
-    progress("events");
-    events(port, pid, figures).await?;
-
-    progress("1,000 streams");
-    let held = bounded(load::hold(port, HELD_STREAMS, OPENED_AT_ONCE)).await?;
-    figures.insert(
-        "memory_streams",
-        number(measure::memory(pid, exact)?) / MEGABYTE,
-    );
-    drop(held);
+    let cpu = number(CpuTime::of(pid)?.since(&before)) / MICROSECOND;
+    figures.insert("cpu_upload", cpu / megabytes);
     Ok(())
 }
 
@@ -144,9 +172,7 @@ async fn slow_bodies(port: u16) -> std::io::Result<Vec<u64>> {
     for _ in 0..SLOW_BODIES {
         tasks.push(tokio::task::spawn_local(async move {
             // Over a connection that is in use, as between Codex's turns.
-            let mut client = Client::connect(port).await?;
-            let request = crate::wire::small_request(port, crate::wire::Task::Answer);
-            client.exchange(&request).await?;
+            let mut client = Client::warm(port).await?;
             client.slow_body(SLOW_BODY_PAUSE).await
         }));
         tokio::time::sleep(SLOW_BODY_PAUSE / 10).await;
