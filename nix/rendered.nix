@@ -48,14 +48,24 @@ let
       )
     );
 in
-lib.mapAttrs (_: render) {
-  plain.codexConfig.enable = true;
-  other-port.port = 8400;
-  restricted = {
-    allowedUsers = [
-      "alice"
-      "@developers"
-    ];
-    httpShutdown = true;
+{
+  configurations = lib.mapAttrs (_: render) {
+    plain.codexConfig.enable = true;
+    other-port.port = 8400;
+    restricted = {
+      allowedUsers = [
+        "alice"
+        "@developers"
+      ];
+      httpShutdown = true;
+    };
   };
+
+  # a key in the store would be everybody's
+  acceptsStorePath =
+    (builtins.tryEval
+      (render {
+        keyFile = lib.mkForce "${builtins.storeDir}/00000000000000000000000000000000-key";
+      })."etc/systemd/system/codex-responses-proxy.service"
+    ).success;
 }

@@ -6,6 +6,7 @@
 }:
 let
   inherit (pkgs) lib;
+  inherit (rendered) configurations;
 
   # systemd-analyze's exposure, times ten
   bounds = {
@@ -18,14 +19,15 @@ let
     name:
     lib.concatMapAttrsStringSep "\n" (
       path: text: "install -Dm644 ${builtins.toFile (baseNameOf path) text} ${name}/${path}"
-    ) rendered.${name};
+    ) configurations.${name};
 in
+assert !rendered.acceptsStorePath;
 pkgs.runCommand "codex-responses-proxy-unit"
   {
     nativeBuildInputs = [ pkgs.systemd ];
     # the text names it, but has lost the context that would bring it along
     inherit package;
-    passthru = { inherit rendered; };
+    passthru.rendered = configurations;
   }
   (
     lib.concatMapAttrsStringSep "\n" (name: bound: ''

@@ -41,7 +41,7 @@ let
     enable = true;
     keyFile = "/run/secrets/openai-api-key";
     upstreamUrl = "https://upstream.test/v1/responses";
-    upstreamCaFile = "/run/upstream/certificate.pem";
+    upstreamCaFile = "/run/upstream/ca.pem";
     codexConfig.enable = true;
   };
 in
@@ -73,10 +73,11 @@ in
       path = [ pkgs.openssl ];
       preStart = ''
         cd /run/upstream
-        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
-          -subj /CN=upstream.test -addext subjectAltName=DNS:upstream.test \
-          -keyout key.pem -out certificate.pem
-        chmod 0644 certificate.pem
+        new="openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+        $new -subj /CN=ca.test -keyout ca-key.pem -out ca.pem
+        $new -subj /CN=upstream.test -CA ca.pem -CAkey ca-key.pem -addext basicConstraints=CA:FALSE \
+          -addext subjectAltName=DNS:upstream.test -keyout key.pem -out certificate.pem
+        chmod 0644 ca.pem
       '';
       serviceConfig = {
         ExecStart = upstream;
@@ -136,8 +137,10 @@ in
         machine.wait_for_unit(SOCKET)
         machine.wait_until_succeeds(f"systemctl show -P Result {SERVICE} | grep exit-code")
         machine.wait_until_succeeds(f"systemctl show -P ExecMainStatus {SERVICE} | grep 208")
-        machine.succeed("! runuser -u bob -- ${lib.getExe pkgs.python3} -c "
-            "'import socket; socket.create_server((\"127.0.0.1\", 8399))'")
+        machine.fail(
+            "runuser -u bob -- ${lib.getExe pkgs.python3} -c "
+            "'import socket; socket.create_server((\"127.0.0.1\", 8399))'"
+        )
         write_key("${key}")
         machine.wait_for_unit(SERVICE, timeout=30)
 
