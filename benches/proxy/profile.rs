@@ -22,7 +22,7 @@ pub(crate) fn main(
     kind: &str,
     length: Duration,
 ) -> Result<(), Box<dyn Error>> {
-    let _ = codex_responses_proxy::listener::connection_limit();
+    let _ = codex_responses_proxy::listener::connection_limit(false);
     let peers = peers::all(folder);
     let peer = peers.iter().find(|peer| peer.kind.name().contains(name));
     let peer = peer.ok_or("there is no such proxy here")?;
