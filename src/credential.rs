@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 
 use zeroize::Zeroize;
 
+use crate::hardening::checked;
 use crate::terminal::EchoOff;
 
 /// What the value of the `Authorization` header begins with (RFC 6750, section 2.1).
@@ -295,14 +296,6 @@ fn close_stdin() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn checked(returned: libc::c_int) -> io::Result<()> {
-    if returned == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
 
 #[cfg(target_os = "linux")]

@@ -65,35 +65,21 @@ impl Client {
 
 /// What all exchanges have in common.
 pub struct Proxy {
-    target: Target,
-    upstream: Rc<Upstream>,
-    http_shutdown: bool,
-    peer_check: Option<PeerCheck>,
-    dumper: Option<Dumper>,
-    stop: Rc<Stop>,
+    /// Where requests go.
+    pub target: Target,
+    /// The connections that they go over.
+    pub upstream: Rc<Upstream>,
+    /// Whether `GET /shutdown` ends the process.
+    pub http_shutdown: bool,
+    /// Who may come in, unless everybody may.
+    pub peer_check: Option<PeerCheck>,
+    /// Writes exchanges to files, where that is asked for.
+    pub dumper: Option<Dumper>,
+    /// Begins the end.
+    pub stop: Rc<Stop>,
 }
 
 impl Proxy {
-    /// Forwards to `target` over `upstream`'s connections.
-    #[must_use]
-    pub fn new(
-        target: Target,
-        upstream: Rc<Upstream>,
-        http_shutdown: bool,
-        peer_check: Option<PeerCheck>,
-        dumper: Option<Dumper>,
-        stop: Rc<Stop>,
-    ) -> Self {
-        Self {
-            target,
-            upstream,
-            http_shutdown,
-            peer_check,
-            dumper,
-            stop,
-        }
-    }
-
     /// Finds out who a new client is and whether it may be served.
     pub async fn admit(&self, stream: &TcpStream) -> Client {
         let Some(check) = &self.peer_check else {

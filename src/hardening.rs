@@ -31,7 +31,7 @@ fn step(what: &str, outcome: io::Result<()>) -> Result<(), String> {
 }
 
 /// Turns a C return value into a result.
-fn checked(returned: libc::c_int) -> io::Result<()> {
+pub(crate) fn checked(returned: libc::c_int) -> io::Result<()> {
     if returned == 0 {
         Ok(())
     } else {

@@ -128,7 +128,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let peer_check = PeerCheck::new(allowed, address)?;
     let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
 
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let stop = Rc::new(Stop::default());
         stop_on_signals(&stop).map_err(|error| format!("cannot handle signals: {error}"))?;
         let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
@@ -138,14 +138,14 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             watched.warm_up();
             watched.watch().await;
         });
-        let proxy = Proxy::new(
+        let proxy = Proxy {
             target,
             upstream,
-            arguments.http_shutdown,
+            http_shutdown: arguments.http_shutdown,
             peer_check,
             dumper,
-            Rc::clone(&stop),
-        );
+            stop: Rc::clone(&stop),
+        };
         let _server_info = match &arguments.server_info {
             Some(path) => Some(ServerInfo::write(path, address.port())?),
             None => None,
@@ -155,7 +155,10 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         listener::run(listener, Rc::new(proxy), stop, limit).await;
         log::line(format_args!("stopped"));
         Ok(())
-    })
+    });
+    // A name that is still being looked up is of no use to anybody any more.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// The first SIGTERM or SIGINT begins the end; the second is the end.

@@ -155,7 +155,7 @@ mod linux {
     /// Makes this attempt in a process of its own, as this user.
     fn attempt(user: Option<u32>, attempt: Attempt, pid: u32, path: &str) -> io::Result<()> {
         let path = CString::new(path).unwrap();
-        let mut command = Command::new("/bin/true");
+        let mut command = Command::new("true");
         become_user(&mut command, user);
         // SAFETY: an `Attempt` makes system calls only, and the error that it returns needs no memory.
         #[allow(unsafe_code)]
@@ -191,7 +191,7 @@ mod linux {
         let mut command = Command::new(&program);
         become_user(&mut command, user);
         let proxy = Launch::of(command).start();
-        let mut ordinary = Command::new("/bin/cat");
+        let mut ordinary = Command::new("cat");
         become_user(&mut ordinary, user);
         let ordinary = ordinary
             .stdin(Stdio::piped())
