@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -77,10 +77,10 @@ impl Dumper {
             .mode(0o700)
             .create(folder)
             .map_err(unusable)?;
-        let mode = fs::metadata(folder).map_err(unusable)?.permissions().mode();
-        if mode & 0o077 != 0 {
+        let metadata = fs::metadata(folder).map_err(unusable)?;
+        if metadata.permissions().mode() & 0o077 != 0 || metadata.uid() != our_uid() {
             return Err(format!(
-                "--dump-dir {}: others can look into this folder, and dumps hold prompts: use a new one or `chmod 700` it",
+                "--dump-dir {}: others can look into this folder or own it, and dumps hold prompts: use a new one, or one of your own with mode 700",
                 folder.display()
             ));
         }
@@ -134,6 +134,13 @@ impl Drop for Dumper {
             let _ = writer.join();
         }
     }
+}
+
+/// The user that this process acts as.
+#[allow(unsafe_code)]
+fn our_uid() -> u32 {
+    // SAFETY: geteuid(2) takes nothing, touches no memory and never fails.
+    unsafe { libc::geteuid() }
 }
 
 /// One exchange whose request is being dumped.

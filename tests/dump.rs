@@ -13,7 +13,9 @@ use std::{
 use support::{
     Folder, PATIENCE,
     client::Client,
+    is_root,
     proxy::{KEY, Launch, Proxy},
+    skip,
     upstream::{Upstream, ok},
 };
 
@@ -269,7 +271,18 @@ fn a_folder_that_others_may_enter_or_that_cannot_be_made_is_one_sentence() {
         fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
         path
     };
+    let strangers = open(0o700);
+    if is_root() {
+        std::os::unix::fs::chown(&strangers, Some(65534), None).unwrap();
+    } else {
+        skip(
+            "a folder that is somebody else's",
+            "only root can give one away",
+        );
+        fs::set_permissions(&strangers, PermissionsExt::from_mode(0o707)).unwrap();
+    }
     for (name, path) in [
+        ("somebody else's", strangers),
         ("others may enter", open(0o755)),
         ("others may list", open(0o704)),
         ("a group may write", open(0o720)),
