@@ -1,6 +1,7 @@
 //! One client connection, from its acceptance to its last byte.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -11,6 +12,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::exchange::{Client, Proxy};
 use crate::framing::Scanner;
@@ -30,11 +32,16 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
 const LINGER_PAUSE: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 256 << 20;
 
+/// How often a client is looked at whose body the upstream doesn't take: as long as nothing is read
+/// from it, nothing tells that it has reset the connection.
+const STUCK_CHECK: Duration = Duration::from_secs(1);
+
 /// Serves one client until either side is done.
 pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let client = Rc::new(proxy.admit(&stream).await);
+    let descriptor = stream.as_raw_fd();
     let stream = ClientStream {
         tcp: stream,
         scanner: Scanner::default(),
@@ -57,11 +64,12 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     let ending = async {
         stop.begun().await;
         if client.is_new() || client.in_head.get() {
-            tokio::time::sleep(LAST_REQUEST_GRACE).await;
+            sleep(LAST_REQUEST_GRACE).await;
         }
     };
     let mut ending = pin!(ending);
     let mut asked_to_end = false;
+    let mut stuck_check: Option<Pin<Box<Sleep>>> = None;
     let outcome = std::future::poll_fn(|cx| {
         if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
             return Poll::Ready(outcome);
@@ -73,6 +81,17 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
             }
             Pin::new(&mut connection).graceful_shutdown();
             return Pin::new(&mut connection).poll(cx);
+        }
+        if !client.is_busy() || !client.may_be_sending() {
+            stuck_check = None;
+            return Poll::Pending;
+        }
+        let check = stuck_check.get_or_insert_with(|| Box::pin(sleep(STUCK_CHECK)));
+        while check.as_mut().poll(cx).is_ready() {
+            if is_gone(descriptor) {
+                return Poll::Ready(Ok(()));
+            }
+            check.as_mut().reset(Instant::now() + STUCK_CHECK);
         }
         Poll::Pending
     })
@@ -89,6 +108,20 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
         }
         _ => {}
     }
+}
+
+/// Whether the connection has been reset (poll(2), which reports that unasked).
+#[allow(unsafe_code)]
+fn is_gone(descriptor: RawFd) -> bool {
+    let mut state = libc::pollfd {
+        fd: descriptor,
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, valid for the call, which doesn't wait. The descriptor is that of the
+    // connection being served, which is open.
+    let count = unsafe { libc::poll(&mut state, 1, 0) };
+    count > 0 && state.revents & (libc::POLLERR | libc::POLLHUP) != 0
 }
 
 /// Says that nothing more will come, then takes what the client still sends, within bounds.
