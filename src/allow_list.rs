@@ -1,8 +1,9 @@
 //! Which users are served: `--allow-user`.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
+use std::mem::MaybeUninit;
 use std::rc::Rc;
 
 /// The largest buffer for an entry of the user or group database, in bytes; huge groups need much.
@@ -103,84 +104,58 @@ fn is_member(uid: u32, group: &str) -> io::Result<bool> {
 
 fn uid_of(name: &str) -> io::Result<Option<u32>> {
     let name = CString::new(name)?;
-    // SAFETY: all zeroes is a valid passwd; `name`, the entry and the buffer live through the call,
-    // and the entry is read only if the call found one.
-    unsafe {
-        let mut entry: libc::passwd = std::mem::zeroed();
-        let found = with_buffer(|buffer| {
-            let mut result = std::ptr::null_mut();
-            let code = libc::getpwnam_r(
-                name.as_ptr(),
-                &mut entry,
-                buffer.as_mut_ptr(),
-                buffer.len(),
-                &mut result,
-            );
-            (code, !result.is_null())
-        })?;
-        Ok(found.is_some().then_some(entry.pw_uid))
-    }
+    // SAFETY: getpwnam_r(3), with a C string for the name; `lookup` gives the rest.
+    let get = |entry, buffer, size, result| unsafe {
+        libc::getpwnam_r(name.as_ptr(), entry, buffer, size, result)
+    };
+    lookup(get, |entry: &libc::passwd| entry.pw_uid)
 }
 
 /// The user's name and primary group.
 fn user_of(uid: u32) -> io::Result<Option<(CString, libc::gid_t)>> {
-    // SAFETY: as `uid_of`; the name is copied while the buffer that it lies in is still there.
-    unsafe {
-        let mut entry: libc::passwd = std::mem::zeroed();
-        let found = with_buffer(|buffer| {
-            let mut result = std::ptr::null_mut();
-            let code = libc::getpwuid_r(
-                uid,
-                &mut entry,
-                buffer.as_mut_ptr(),
-                buffer.len(),
-                &mut result,
-            );
-            (code, !result.is_null())
-        })?;
-        Ok(found.map(|_buffer| {
-            (
-                std::ffi::CStr::from_ptr(entry.pw_name).to_owned(),
-                entry.pw_gid,
-            )
-        }))
-    }
+    // SAFETY: getpwuid_r(3); `lookup` gives what it writes to.
+    let get =
+        |entry, buffer, size, result| unsafe { libc::getpwuid_r(uid, entry, buffer, size, result) };
+    lookup(get, |entry: &libc::passwd| {
+        // SAFETY: in an entry that was found, the name is a C string in the buffer, which is still there.
+        let name = unsafe { CStr::from_ptr(entry.pw_name) };
+        (name.to_owned(), entry.pw_gid)
+    })
 }
 
 fn gid_of(group: &str) -> io::Result<Option<libc::gid_t>> {
     let group = CString::new(group)?;
-    // SAFETY: as `uid_of`, with a group.
-    unsafe {
-        let mut entry: libc::group = std::mem::zeroed();
-        let found = with_buffer(|buffer| {
-            let mut result = std::ptr::null_mut();
-            let code = libc::getgrnam_r(
-                group.as_ptr(),
-                &mut entry,
-                buffer.as_mut_ptr(),
-                buffer.len(),
-                &mut result,
-            );
-            (code, !result.is_null())
-        })?;
-        Ok(found.is_some().then_some(entry.gr_gid))
-    }
+    // SAFETY: getgrnam_r(3), with a C string for the name; `lookup` gives the rest.
+    let get = |entry, buffer, size, result| unsafe {
+        libc::getgrnam_r(group.as_ptr(), entry, buffer, size, result)
+    };
+    lookup(get, |entry: &libc::group| entry.gr_gid)
 }
 
-/// Calls a `get…_r` function (getpwnam_r(3)) with ever larger buffers until the entry fits; gives the
-/// buffer back, which the entry points into, if there was an entry.
-fn with_buffer(
-    mut get: impl FnMut(&mut [libc::c_char]) -> (libc::c_int, bool),
-) -> io::Result<Option<Vec<libc::c_char>>> {
-    let mut buffer = vec![0; 1024];
+/// Calls a `get…_r` function (getpwnam_r(3)) with ever larger buffers until the entry fits, and takes
+/// from the entry what is wanted, if there is one.
+fn lookup<E, T>(
+    get: impl Fn(*mut E, *mut libc::c_char, usize, *mut *mut E) -> libc::c_int,
+    take: impl FnOnce(&E) -> T,
+) -> io::Result<Option<T>> {
+    let mut entry = MaybeUninit::<E>::zeroed();
+    let mut buffer: Vec<libc::c_char> = vec![0; 1024];
     loop {
-        match get(&mut buffer) {
-            (0, found) => return Ok(found.then_some(buffer)),
-            (libc::ERANGE, _) if buffer.len() < MAX_ENTRY => buffer.resize(buffer.len() * 4, 0),
+        let mut found = std::ptr::null_mut();
+        match get(
+            entry.as_mut_ptr(),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+            &mut found,
+        ) {
+            0 if found.is_null() => return Ok(None),
+            // SAFETY: the function has filled the entry, whose strings lie in `buffer`.
+            0 => return Ok(Some(take(unsafe { entry.assume_init_ref() }))),
+            libc::ERANGE if buffer.len() < MAX_ENTRY => buffer.resize(buffer.len() * 4, 0),
             // What getpwnam_r(3) lists for "not found" on various systems.
-            (libc::ENOENT | libc::ESRCH | libc::EBADF | libc::EPERM, _) => return Ok(None),
-            (libc::EINTR, _) => {}
-            (code, _) => return Err(io::Error::from_raw_os_error(code)),
+            libc::ENOENT | libc::ESRCH | libc::EBADF | libc::EPERM => return Ok(None),
+            libc::EINTR => {}
+            code => return Err(io::Error::from_raw_os_error(code)),
         }
     }
 }

@@ -65,18 +65,11 @@ pub struct RequestBody {
 }
 
 impl RequestBody {
-    /// Wraps what comes from the client, with a copy to `tap`; the state tells how it fares.
+    /// Wraps what comes from the client, with a copy to `tap`; `state`, which was made of it, tells how
+    /// it fares.
     #[must_use]
-    pub fn new(client: Incoming, tap: Option<Tap>) -> (Self, Rc<RequestState>) {
-        let state = RequestState::of(&client);
-        (
-            Self {
-                client,
-                state: Rc::clone(&state),
-                tap,
-            },
-            state,
-        )
+    pub fn new(client: Incoming, state: Rc<RequestState>, tap: Option<Tap>) -> Self {
+        Self { client, state, tap }
     }
 }
 

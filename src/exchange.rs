@@ -103,15 +103,13 @@ impl Proxy {
             .ends_by_close
             .set(request.version() == Version::HTTP_10);
         let (head, body) = request.into_parts();
+        let state = RequestState::of(&body);
+        client.request.replace(Some(Rc::clone(&state)));
         let findings = client.findings.get();
         let mut response = match self.decide(&head, client) {
-            Decision::Forward => self.forward(client, head, body).await,
-            Decision::Refuse(refusal) => {
-                client.request.replace(Some(RequestState::of(&body)));
-                refuse(client.uid, refusal)
-            }
+            Decision::Forward => self.forward(client.uid, head, body, state).await,
+            Decision::Refuse(refusal) => refuse(client.uid, refusal),
             Decision::Shutdown => {
-                client.request.replace(Some(RequestState::of(&body)));
                 log::line(format_args!(
                     "stopping: GET /shutdown by uid={}",
                     Uid(client.uid)
@@ -146,18 +144,17 @@ impl Proxy {
 
     async fn forward(
         &self,
-        client: &Client,
+        uid: Option<u32>,
         head: Parts,
         body: Incoming,
+        state: Rc<RequestState>,
     ) -> Response<ResponseBody> {
         let dump = |dumper: &Dumper| {
             dumper.request(head.method.as_str(), &head.uri.to_string(), &head.headers)
         };
         let (request_tap, dump) = self.dumper.as_ref().map(dump).unzip();
-        let (body, state) = RequestBody::new(body, request_tap);
-        client.request.replace(Some(Rc::clone(&state)));
-        let mut record = Record::new(client.uid, state);
-        let mut request = Request::new(body);
+        let mut request = Request::new(RequestBody::new(body, Rc::clone(&state), request_tap));
+        let mut record = Record::new(uid, state);
         *request.method_mut() = head.method;
         *request.uri_mut() = self.target.origin_form.clone();
         let placeholder = self.upstream.injection().placeholder();

@@ -222,7 +222,7 @@ impl Upstream {
         let mut timer: Pin<Box<Sleep>> = Box::pin(tokio::time::sleep(Duration::ZERO));
         std::future::poll_fn(|cx| {
             let mut idle = self.idle.borrow_mut();
-            idle.retain_mut(|idle| idle.link.is_idle(cx) && idle.since.elapsed() < IDLE_TIMEOUT);
+            idle.retain_mut(|idle| idle.link.is_idle(cx));
             // The links are in the order in which they became idle: the first is the oldest.
             let mut waits = false;
             while let Some(oldest) = idle.first() {

@@ -119,17 +119,7 @@ fn systemd_is_told_of_the_beginning_and_of_the_end() {
         io::Write::write_all(&mut stdin, b"sk-anything\n").unwrap();
         assert_eq!(notice().trim_end(), "READY=1", "{end}");
         proxy.wait_until_listening();
-        match end {
-            "SIGTERM" => proxy.signal(libc::SIGTERM),
-            "SIGINT" => proxy.signal(libc::SIGINT),
-            _ => {
-                let mut client = Client::connect(proxy.port);
-                client
-                    .send("GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                    .unwrap();
-                assert_eq!(client.response().unwrap().status(), 200);
-            }
-        }
+        proxy.ask_to_stop(end);
         assert_eq!(proxy.wait().status.code(), Some(0), "{end}");
         notices.set_nonblocking(true).unwrap();
         assert_eq!(notice().trim_end(), "STOPPING=1", "{end}");

@@ -15,7 +15,7 @@ use std::{
 use support::{
     Folder, PATIENCE,
     client::Client,
-    proxy::{KEY, Launch, Proxy},
+    proxy::{KEY, Launch, Proxy, assert_one_sentence},
     upstream::{Upstream, ok},
 };
 
@@ -137,17 +137,8 @@ fn a_refused_key_is_one_clear_sentence_that_does_not_repeat_it() {
     ];
     for (name, input) in cases {
         let run = Launch::new().input(input).finish();
-        assert_eq!(run.status.code(), Some(1), "{name}: {run:?}");
-        assert_eq!(run.stdout, "", "{name}");
-        let [line] = run.stderr.as_slice() else {
-            panic!("{name}: not one line but {:#?}", run.stderr);
-        };
-        assert!(
-            line.starts_with("codex-responses-api-proxy: "),
-            "{name}: {line}"
-        );
-        assert!(line.contains("key"), "{name}: {line}");
-        assert!(!line.contains(SECRET), "{name}: {line}");
+        assert_one_sentence(name, 1, &run, &["key"]);
+        assert!(!run.stderr[0].contains(SECRET), "{name}: {run:?}");
     }
 }
 

@@ -5,29 +5,9 @@ mod support;
 use std::{ffi::OsStr, fs, net::TcpListener, os::unix::ffi::OsStrExt};
 use support::{
     Folder,
-    proxy::{Finished, KEY, Launch},
+    proxy::{KEY, Launch, assert_one_sentence},
     skip,
 };
-
-/// The program says in one sentence that contains these words what is wrong, and exits with this status.
-fn assert_one_sentence(name: &str, status: i32, run: &Finished, words: &[&str]) {
-    assert_eq!(run.status.code(), Some(status), "{name}: {run:?}");
-    assert_eq!(run.stdout, "", "{name}");
-    let [line] = run.stderr.as_slice() else {
-        panic!("{name}: not one line but {:#?}", run.stderr);
-    };
-    assert!(
-        line.starts_with("codex-responses-api-proxy: "),
-        "{name}: {line}"
-    );
-    for word in words {
-        assert!(line.contains(word), "{name}: {word:?} is not in {line}");
-    }
-    assert!(
-        !line.contains(KEY) && !line.contains("panic"),
-        "{name}: {line}"
-    );
-}
 
 #[test]
 fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {

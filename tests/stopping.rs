@@ -21,20 +21,6 @@ use support::{
 /// The ways to ask for the end.
 const WAYS: [&str; 3] = ["SIGTERM", "SIGINT", "GET /shutdown"];
 
-fn ask_to_stop(proxy: &Proxy, way: &str) {
-    match way {
-        "SIGTERM" => proxy.signal(libc::SIGTERM),
-        "SIGINT" => proxy.signal(libc::SIGINT),
-        _ => {
-            let mut client = Client::connect(proxy.port);
-            client
-                .send("GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                .unwrap();
-            assert_eq!(client.response().unwrap().status(), 200);
-        }
-    }
-}
-
 /// Waits until new connections are refused.
 fn wait_until_refused(port: u16) {
     let deadline = Instant::now() + PATIENCE;
@@ -85,7 +71,7 @@ fn streams_in_flight_finish_while_all_else_ends() {
         assert_eq!(idle.ask().unwrap().status(), 200, "{way}");
         let mut fresh = Client::connect(proxy.port);
 
-        ask_to_stop(&proxy, way);
+        proxy.ask_to_stop(way);
         wait_until_refused(proxy.port);
         for (name, client) in [("idle", &mut idle), ("fresh", &mut fresh)] {
             let came = client.until_closed();
@@ -195,13 +181,13 @@ fn a_second_signal_ends_it_at_once() {
         let (upstream, _never) = held();
         let mut proxy = Launch::to(&upstream).arg("--http-shutdown").start();
         let mut stream = streaming(&proxy);
-        ask_to_stop(&proxy, first);
+        proxy.ask_to_stop(first);
         wait_until_refused(proxy.port);
         assert!(
             proxy.is_running(),
             "{first}, {second}: the stream is still in flight"
         );
-        ask_to_stop(&proxy, second);
+        proxy.ask_to_stop(second);
         let run = proxy.wait();
         assert_ne!(run.status.code(), Some(0), "{first}, {second}: {run:?}");
         stream.rest().expect_err("the stream is broken off");

@@ -1,6 +1,6 @@
 //! The real binary as a child process: started, watched, told to stop, and never left behind.
 
-use super::{PATIENCE, upstream::Upstream};
+use super::{PATIENCE, client::Client, upstream::Upstream};
 use std::{
     ffi::OsStr,
     io::{self, BufRead, BufReader, Read, Write},
@@ -221,6 +221,21 @@ impl Proxy {
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
     }
 
+    /// Asks for the end: by `SIGTERM` or `SIGINT`, or else over HTTP.
+    pub(crate) fn ask_to_stop(&self, way: &str) {
+        match way {
+            "SIGTERM" => self.signal(libc::SIGTERM),
+            "SIGINT" => self.signal(libc::SIGINT),
+            _ => {
+                let mut client = Client::connect(self.port);
+                client
+                    .send("GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    .unwrap();
+                assert_eq!(client.response().unwrap().status(), 200);
+            }
+        }
+    }
+
     /// Stops it in its tracks, all of its threads, until it is killed.
     pub(crate) fn freeze(&self) {
         self.signal(libc::SIGSTOP);
@@ -298,4 +313,24 @@ fn wait_for(pid: u32, what: libc::c_int) {
             return;
         }
     }
+}
+
+/// The program says in one sentence that contains these words what is wrong, and exits with this status.
+pub(crate) fn assert_one_sentence(name: &str, status: i32, run: &Finished, words: &[&str]) {
+    assert_eq!(run.status.code(), Some(status), "{name}: {run:?}");
+    assert_eq!(run.stdout, "", "{name}");
+    let [line] = run.stderr.as_slice() else {
+        panic!("{name}: not one line but {:#?}", run.stderr);
+    };
+    assert!(
+        line.starts_with("codex-responses-api-proxy: "),
+        "{name}: {line}"
+    );
+    for word in words {
+        assert!(line.contains(word), "{name}: {word:?} is not in {line}");
+    }
+    assert!(
+        !line.contains(KEY) && !line.contains("panic"),
+        "{name}: {line}"
+    );
 }
