@@ -9,8 +9,9 @@ use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 
 use crate::dump::Tap;
+use crate::link::{ExchangeError, Link};
 use crate::log::Record;
-use crate::upstream::{Link, Upstream};
+use crate::upstream::Upstream;
 
 /// How far a request's body has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,60 +74,47 @@ impl RequestBody {
     }
 }
 
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let this = self.get_mut();
-        let frame = ready!(poll_data(&mut this.client, cx));
-        match &frame {
-            Some(Ok(frame)) => {
-                this.state.bytes.set(this.state.bytes.get() + length(frame));
-                copy(frame, &mut this.tap);
-                if this.client.is_end_stream() {
-                    this.state.progress.set(Progress::Complete);
-                }
+impl RequestBody {
+    /// Gives the next piece of data, which may be empty.
+    ///
+    /// # Errors
+    ///
+    /// The client broke the body off, or sent something that is no body.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Bytes>>> {
+        let Some(frame) = ready!(Pin::new(&mut self.client).poll_frame(cx)) else {
+            self.state.progress.set(Progress::Complete);
+            return Poll::Ready(None);
+        };
+        let data = match frame {
+            Ok(frame) => frame.into_data().unwrap_or_default(),
+            Err(error) => {
+                self.state.progress.set(Progress::Failed);
+                return Poll::Ready(Some(Err(error)));
             }
-            Some(Err(_)) => this.state.progress.set(Progress::Failed),
-            None => this.state.progress.set(Progress::Complete),
+        };
+        self.state
+            .bytes
+            .set(self.state.bytes.get() + data.len() as u64);
+        if let Some(tap) = &mut self.tap {
+            tap.data(&data);
         }
-        Poll::Ready(frame)
+        if self.is_over() {
+            self.state.progress.set(Progress::Complete);
+        }
+        Poll::Ready(Some(Ok(data)))
     }
 
-    fn is_end_stream(&self) -> bool {
+    /// Whether there is no more. A body in chunks may be over without this being known.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
         self.client.is_end_stream()
     }
 
-    fn size_hint(&self) -> SizeHint {
-        self.client.size_hint()
+    /// How many bytes are still to come, if that is known.
+    #[must_use]
+    pub fn length(&self) -> Option<u64> {
+        self.client.size_hint().exact()
     }
-}
-
-/// The next frame with data in it.
-fn poll_data(
-    body: &mut Incoming,
-    cx: &mut Context<'_>,
-) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-    loop {
-        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
-            Some(Ok(frame)) if !frame.is_data() => {}
-            other => return Poll::Ready(other),
-        }
-    }
-}
-
-fn copy(frame: &Frame<Bytes>, tap: &mut Option<Tap>) {
-    if let (Some(tap), Some(data)) = (tap, frame.data_ref()) {
-        tap.data(data);
-    }
-}
-
-fn length(frame: &Frame<Bytes>) -> u64 {
-    frame.data_ref().map_or(0, |data| data.len() as u64)
 }
 
 /// The body of an answer to a client.
@@ -146,7 +134,7 @@ impl From<Bytes> for ResponseBody {
 /// An answer that streams from the upstream. Dropped before its end, it closes the upstream
 /// connection, which is how the upstream learns that the client has left.
 pub struct Relay {
-    answer: Incoming,
+    /// `None` once the answer is whole.
     link: Option<Link>,
     upstream: Rc<Upstream>,
     record: Record,
@@ -154,84 +142,80 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Ties the answer's body to the link it comes over, with a copy to `tap`.
+    /// The body of the answer whose head has come over `link`, with a copy to `tap`.
     #[must_use]
-    pub fn new(
-        answer: Incoming,
-        link: Link,
-        upstream: Rc<Upstream>,
-        record: Record,
-        tap: Option<Tap>,
-    ) -> Self {
+    pub fn new(link: Link, upstream: Rc<Upstream>, record: Record, tap: Option<Tap>) -> Self {
         let mut relay = Self {
-            answer,
             link: Some(link),
             upstream,
             record,
             tap,
         };
-        if relay.answer.is_end_stream() {
-            relay.finish();
-        }
+        relay.finish_if_over();
         relay
     }
 
-    /// The answer is whole: log it, and keep the link.
-    fn finish(&mut self) {
-        self.record.complete();
-        self.tap = None;
-        if let Some(link) = self.link.take() {
+    /// Once the answer is whole: logs it, and keeps the link.
+    fn finish_if_over(&mut self) {
+        if let Some(link) = self.link.take_if(|link| link.is_over()) {
+            self.record.complete();
+            self.tap = None;
             self.upstream.keep(link);
         }
+    }
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, ExchangeError>>> {
+        let Some(link) = &mut self.link else {
+            return Poll::Ready(None);
+        };
+        let data = ready!(link.poll_data(cx));
+        match &data {
+            Some(Ok(data)) => {
+                self.record.sent(data.len() as u64);
+                if let Some(tap) = &mut self.tap {
+                    tap.data(data);
+                }
+            }
+            Some(Err(error)) => self.record.broken_off(error),
+            None => {}
+        }
+        self.finish_if_over();
+        Poll::Ready(data)
     }
 }
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = ExchangeError;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let relay = match self.get_mut() {
-            Self::Own(body) => {
-                return Pin::new(body)
-                    .poll_frame(cx)
-                    .map_err(|never| match never {});
-            }
-            Self::Relayed(relay) => &mut **relay,
-        };
-        let answer = &mut relay.answer;
-        let frame = ready!(match &mut relay.link {
-            Some(link) => link.drive(cx, |cx| poll_data(answer, cx)),
-            None => poll_data(answer, cx),
-        });
-        match &frame {
-            Some(Ok(frame)) => {
-                relay.record.sent(length(frame));
-                copy(frame, &mut relay.tap);
-                if relay.answer.is_end_stream() {
-                    relay.finish();
-                }
-            }
-            Some(Err(error)) => relay.record.broken_off(error),
-            None => relay.finish(),
+    ) -> Poll<Option<Result<Frame<Bytes>, ExchangeError>>> {
+        match self.get_mut() {
+            Self::Own(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map_err(|never| match never {}),
+            Self::Relayed(relay) => relay.poll_data(cx).map_ok(Frame::data),
         }
-        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Own(body) => body.is_end_stream(),
-            Self::Relayed(relay) => relay.answer.is_end_stream(),
+            Self::Relayed(relay) => relay.link.is_none(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Own(body) => body.size_hint(),
-            Self::Relayed(relay) => relay.answer.size_hint(),
+            Self::Relayed(relay) => match &relay.link {
+                None => SizeHint::with_exact(0),
+                Some(link) => link
+                    .remaining()
+                    .map_or_else(SizeHint::new, SizeHint::with_exact),
+            },
         }
     }
 }

@@ -12,7 +12,6 @@ use hyper::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::proxy::matcher::Intercept;
-use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -311,6 +310,3 @@ impl AsyncWrite for UpstreamStream {
         either!(self, stream => stream.poll_shutdown(cx))
     }
 }
-
-/// What hyper reads and writes.
-pub(crate) type HyperIo = TokioIo<crate::injection::InjectingStream<UpstreamStream>>;

@@ -14,12 +14,12 @@ use crate::connector::{ConnectError, with_sources};
 use crate::dump::Dumper;
 use crate::filter::{self, Decision};
 use crate::framing::Findings;
-use crate::headers;
+use crate::link::ExchangeError;
 use crate::log::{self, Record, Uid};
+use crate::outgoing::{Opening, Outgoing};
 use crate::peer::PeerCheck;
 use crate::refusal::{Refusal, error_response};
 use crate::stop::Stop;
-use crate::target::Target;
 use crate::upstream::{Upstream, UpstreamError};
 
 /// What is known of one client connection.
@@ -65,8 +65,8 @@ impl Client {
 
 /// What all exchanges have in common.
 pub struct Proxy {
-    /// Where requests go.
-    pub target: Target,
+    /// What requests to the upstream begin with.
+    pub opening: Rc<Opening>,
     /// The connections that they go over.
     pub upstream: Rc<Upstream>,
     /// Whether `GET /shutdown` ends the process.
@@ -153,29 +153,18 @@ impl Proxy {
             dumper.request(head.method.as_str(), &head.uri.to_string(), &head.headers)
         };
         let (request_tap, dump) = self.dumper.as_ref().map(dump).unzip();
-        let mut request = Request::new(RequestBody::new(body, Rc::clone(&state), request_tap));
+        let body = RequestBody::new(body, Rc::clone(&state), request_tap);
+        let request = Outgoing::new(Rc::clone(&self.opening), &head.headers, body);
+        // What came with it is of no more use, and an answer may take hours.
+        drop(head);
         let mut record = Record::new(uid, state);
-        *request.method_mut() = head.method;
-        *request.uri_mut() = self.target.origin_form.clone();
-        let placeholder = self.upstream.injection().placeholder();
-        *request.headers_mut() =
-            headers::for_upstream(head.headers, placeholder, &self.target.host_header);
-
         match self.upstream.send(request).await {
-            // Nobody asked for another protocol, and what follows would be one (RFC 9110, section 7.8).
-            Ok((_, response)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                let message = "the upstream switched to another protocol unasked (protocol)";
-                record.failed(StatusCode::BAD_GATEWAY.as_u16(), message.to_owned());
-                error_response(StatusCode::BAD_GATEWAY, "upstream_failed", message)
-            }
             Ok((link, response)) => {
-                let (mut head, body) = response.into_parts();
-                head.headers = headers::for_client(head.headers);
-                head.version = Version::HTTP_11;
-                record.status(head.status.as_u16());
-                let tap = dump.map(|dump| dump.response(head.status.as_u16(), &head.headers));
-                let relay = Relay::new(body, link, Rc::clone(&self.upstream), record, tap);
-                Response::from_parts(head, ResponseBody::Relayed(Box::new(relay)))
+                let status = response.status().as_u16();
+                record.status(status);
+                let tap = dump.map(|dump| dump.response(status, response.headers()));
+                let relay = Relay::new(link, Rc::clone(&self.upstream), record, tap);
+                response.map(|()| ResponseBody::Relayed(Box::new(relay)))
             }
             Err(error) => failure(record, &error),
         }
@@ -208,28 +197,24 @@ fn failure(mut record: Record, error: &UpstreamError) -> Response<ResponseBody> 
             )
         }
         UpstreamError::Exchange(error) => {
-            let detail = with_sources(error);
-            if record.request().progress() == Progress::Failed {
-                let message = "the request's body broke off or is malformed";
-                (
+            let (status, code, message) = match error {
+                ExchangeError::Request(_) => (
                     StatusCode::BAD_REQUEST,
                     "malformed_request",
-                    message.to_owned(),
-                    detail,
-                )
-            } else {
-                let message = if error.is_parse() {
-                    "the upstream's answer is not HTTP that can be passed on (protocol)"
-                } else {
-                    "the upstream closed the connection before it answered (protocol)"
-                };
-                (
+                    "the request's body broke off or is malformed",
+                ),
+                ExchangeError::Malformed(_) => (
                     StatusCode::BAD_GATEWAY,
                     "upstream_failed",
-                    message.to_owned(),
-                    detail,
-                )
-            }
+                    "the upstream's answer is not HTTP that can be passed on (protocol)",
+                ),
+                ExchangeError::Io(_) | ExchangeError::Unanswered => (
+                    StatusCode::BAD_GATEWAY,
+                    "upstream_failed",
+                    "the upstream closed the connection before it answered (protocol)",
+                ),
+            };
+            (status, code, message.to_owned(), with_sources(error))
         }
     };
     record.failed(status.as_u16(), detail);

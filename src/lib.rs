@@ -8,10 +8,11 @@
 //! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
 //! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`framing`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
-//! | and goes up | [`exchange`], [`headers`], [`upstream`], [`quiet`], [`connector`], [`injection`] |
-//! | the answer comes back | [`body`], [`log`], [`dump`] |
+//! | and goes up | [`exchange`], [`outgoing`], [`headers`], [`upstream`], [`connector`], [`link`] |
+//! | the answer comes back | [`answer`], [`body`], [`log`], [`dump`] |
 
 pub mod allow_list;
+pub mod answer;
 pub mod body;
 pub mod cli;
 pub mod connection;
@@ -23,11 +24,11 @@ pub mod filter;
 pub mod framing;
 pub mod hardening;
 pub mod headers;
-pub mod injection;
+pub mod link;
 pub mod listener;
 pub mod log;
+pub mod outgoing;
 pub mod peer;
-pub mod quiet;
 pub mod refusal;
 pub mod server_info;
 #[cfg(target_os = "linux")]
@@ -53,7 +54,7 @@ use crate::connector::Connector;
 use crate::credential::Credential;
 use crate::dump::Dumper;
 use crate::exchange::Proxy;
-use crate::injection::Injection;
+use crate::outgoing::Opening;
 use crate::peer::PeerCheck;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
@@ -119,7 +120,11 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             "the key was also in this process's variable {name}: start it with `env -u {name}`"
         ));
     }
-    let injection = Injection::new(credential)?;
+    let opening = Opening::new(
+        &target.origin_form.to_string(),
+        target.host_header,
+        credential,
+    );
 
     let listener = listener::open(arguments.port)?;
     let unusable = |error| format!("cannot use the listening socket: {error}");
@@ -132,14 +137,14 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         let stop = Rc::new(Stop::default());
         stop_on_signals(&stop).map_err(|error| format!("cannot handle signals: {error}"))?;
         let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
-        let upstream = Rc::new(Upstream::new(connector, injection));
+        let upstream = Rc::new(Upstream::new(connector));
         let watched = Rc::clone(&upstream);
         tokio::task::spawn_local(async move {
             watched.warm_up();
             watched.watch().await;
         });
         let proxy = Proxy {
-            target,
+            opening: Rc::new(opening),
             upstream,
             http_shutdown: arguments.http_shutdown,
             peer_check,

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::body::RequestState;
 use crate::connector::with_sources;
+use crate::link::ExchangeError;
 
 /// Writes one line in one write(2), so that lines never mix.
 ///
@@ -83,7 +84,7 @@ impl Record {
     }
 
     /// The upstream broke its answer off.
-    pub fn broken_off(&mut self, error: &hyper::Error) {
+    pub fn broken_off(&mut self, error: &ExchangeError) {
         self.end = End::Failed(format!("answer broken off: {}", with_sources(error)));
     }
 
