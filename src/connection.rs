@@ -1,10 +1,13 @@
 //! One client connection, from its acceptance to its last byte.
 
+use std::cell::RefCell;
+use std::convert::Infallible;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::server::conn::http1::Builder;
@@ -41,16 +44,16 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let client = Rc::new(proxy.admit(&stream).await);
-    let descriptor = stream.as_raw_fd();
-    let stream = ClientStream {
+    let stream = Rc::new(RefCell::new(ClientStream {
         tcp: stream,
         scanner: Scanner::default(),
         client: Rc::clone(&client),
         ended: false,
-    };
+    }));
     let service = service_fn(|request| {
         let (proxy, client) = (Rc::clone(&proxy), Rc::clone(&client));
-        async move { Ok::<_, std::convert::Infallible>(proxy.answer(&client, request).await) }
+        // Boxed, because hyper keeps its place in memory while the answer streams.
+        Box::pin(async move { Ok::<_, Infallible>(proxy.answer(&client, request).await) })
     });
     let mut connection = Builder::new()
         .timer(TokioTimer::new())
@@ -59,7 +62,9 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
         .max_header_size(MAX_HEAD_BYTES)
         .max_buf_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
-        .serve_connection(TokioIo::new(stream), service);
+        // Leaving is watched for below: hyper would keep a buffer for what it might read.
+        .half_close(true)
+        .serve_connection(TokioIo::new(SharedStream(Rc::clone(&stream))), service);
 
     let ending = async {
         stop.begun().await;
@@ -70,58 +75,49 @@ pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     let mut ending = pin!(ending);
     let mut asked_to_end = false;
     let mut stuck_check: Option<Pin<Box<Sleep>>> = None;
-    let outcome = std::future::poll_fn(|cx| {
+    let is_clean = std::future::poll_fn(|cx| {
         if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
-            return Poll::Ready(outcome);
+            return Poll::Ready(outcome.is_ok());
         }
         if !asked_to_end && ending.as_mut().poll(cx).is_ready() {
             asked_to_end = true;
             if client.in_head.get() && !client.is_busy() {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(true);
             }
             Pin::new(&mut connection).graceful_shutdown();
-            return Pin::new(&mut connection).poll(cx);
+            if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(outcome.is_ok());
+            }
         }
-        if !client.is_busy() || !client.may_be_sending() {
+        if !client.is_busy() {
             stuck_check = None;
             return Poll::Pending;
         }
+        if !client.may_be_sending() {
+            stuck_check = None;
+            return stream.borrow_mut().poll_left(cx).map(|()| false);
+        }
         let check = stuck_check.get_or_insert_with(|| Box::pin(sleep(STUCK_CHECK)));
         while check.as_mut().poll(cx).is_ready() {
-            if is_gone(descriptor) {
-                return Poll::Ready(Ok(()));
+            if stream.borrow().is_gone() {
+                return Poll::Ready(false);
             }
             check.as_mut().reset(Instant::now() + STUCK_CHECK);
         }
         Poll::Pending
     })
     .await;
-    let stream = connection.into_parts().io.into_inner();
-    match outcome {
-        Err(_) if client.ends_by_close.get() => {
-            let _ = stream.tcp.set_zero_linger();
-        }
-        // An error is a head that is none: nobody knows what follows it.
-        _ if !stream.ended && (outcome.is_err() || client.may_be_sending()) => {
-            // Boxed, so that only those who linger have its buffer.
-            Box::pin(linger(stream.tcp)).await;
-        }
-        _ => {}
-    }
-}
-
-/// Whether the connection has been reset (poll(2), which reports that unasked).
-#[allow(unsafe_code)]
-fn is_gone(descriptor: RawFd) -> bool {
-    let mut state = libc::pollfd {
-        fd: descriptor,
-        events: 0,
-        revents: 0,
+    drop(connection);
+    let Some(stream) = Rc::into_inner(stream).map(RefCell::into_inner) else {
+        return;
     };
-    // SAFETY: one pollfd, valid for the call, which doesn't wait. The descriptor is that of the
-    // connection being served, which is open.
-    let count = unsafe { libc::poll(&mut state, 1, 0) };
-    count > 0 && state.revents & (libc::POLLERR | libc::POLLHUP) != 0
+    if !is_clean && client.ends_by_close.get() {
+        let _ = stream.tcp.set_zero_linger();
+    } else if !stream.ended && (!is_clean || client.may_be_sending()) {
+        // Where it isn't clean there was a head that is none: nobody knows what follows it. Boxed, so
+        // that only those who linger have its buffer.
+        Box::pin(linger(stream.tcp)).await;
+    }
 }
 
 /// Says that nothing more will come, then takes what the client still sends, within bounds.
@@ -148,13 +144,43 @@ struct ClientStream {
     ended: bool,
 }
 
-impl AsyncRead for ClientStream {
+impl ClientStream {
+    /// Waits until the client has left. That can't be told as long as it has sent more than its
+    /// request.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut byte = [MaybeUninit::uninit()];
+        let mut byte = ReadBuf::uninit(&mut byte);
+        if let Ok(1..) = ready!(self.tcp.poll_peek(cx, &mut byte)) {
+            return Poll::Pending;
+        }
+        self.ended = true;
+        Poll::Ready(())
+    }
+
+    /// Whether the connection has been reset (poll(2), which reports that unasked).
+    #[allow(unsafe_code)]
+    fn is_gone(&self) -> bool {
+        let mut state = libc::pollfd {
+            fd: self.tcp.as_raw_fd(),
+            events: 0,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, valid for the call, which doesn't wait; `self.tcp` keeps it open.
+        let count = unsafe { libc::poll(&mut state, 1, 0) };
+        count > 0 && state.revents & (libc::POLLERR | libc::POLLHUP) != 0
+    }
+}
+
+/// What hyper holds of a [`ClientStream`].
+struct SharedStream(Rc<RefCell<ClientStream>>);
+
+impl AsyncRead for SharedStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
+        let this = &mut *self.get_mut().0.borrow_mut();
         let before = buf.filled().len();
         let outcome = Pin::new(&mut this.tcp).poll_read(cx, buf);
         match &outcome {
@@ -171,32 +197,32 @@ impl AsyncRead for ClientStream {
     }
 }
 
-impl AsyncWrite for ClientStream {
+impl AsyncWrite for SharedStream {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, buf)
+        Pin::new(&mut self.0.borrow_mut().tcp).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+        Pin::new(&mut self.0.borrow_mut().tcp).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0.borrow_mut().tcp).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0.borrow_mut().tcp).poll_shutdown(cx)
     }
 }

@@ -70,7 +70,7 @@ pub struct Link {
     needs_flush: bool,
     /// The other side takes nothing more.
     is_cut_off: bool,
-    /// What was read and not yet looked at.
+    /// The front of a head; then the data that came together with the end of the head.
     unread: Bytes,
     body: Decoder,
     /// The other side means to serve another request, and has sent nothing that belongs to none.
@@ -97,7 +97,7 @@ impl Link {
     /// A link whose request was not sent whole is not idle: the upstream would wait for the rest for
     /// ever. Nor is one on which anything came that no request was sent for.
     pub fn is_idle(&mut self, cx: &mut Context<'_>) -> bool {
-        let is_over = self.outgoing.is_none() && self.body.is_complete();
+        let is_over = self.outgoing.is_none() && self.is_over();
         let mut byte = [MaybeUninit::uninit()];
         is_over
             && self.is_persistent
@@ -120,30 +120,14 @@ impl Link {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<()>, ExchangeError>> {
         self.send_on(cx)?;
         loop {
-            while !self.unread.is_empty() {
-                let Some(head) = answer::parse(&self.unread)? else {
-                    break;
-                };
-                let _ = self.unread.split_to(head.length);
-                if !head.is_interim() {
-                    self.body = head.body;
-                    self.is_persistent = head.is_persistent;
-                    self.look_behind();
-                    return Poll::Ready(Ok(head.response));
-                }
-            }
-            let unread = &mut self.unread;
-            let count = ready!(poll_read(&mut self.stream, cx, |bytes| {
-                *unread = if unread.is_empty() {
-                    Bytes::copy_from_slice(bytes)
-                } else {
-                    Bytes::from([&unread[..], bytes].concat())
-                };
-                bytes.len()
-            }))
-            .map_err(ExchangeError::Io)?;
-            if count == 0 {
-                return Poll::Ready(Err(ExchangeError::Unanswered));
+            let (unread, body) = (&mut self.unread, &mut self.body);
+            let taken = ready!(poll_read(&mut self.stream, cx, |bytes| take_head(
+                unread, body, bytes
+            )));
+            if let Some(taken) = taken.map_err(ExchangeError::Io)?? {
+                self.unread = taken.data;
+                self.is_persistent = taken.is_persistent;
+                return Poll::Ready(Ok(taken.response));
             }
         }
     }
@@ -160,18 +144,21 @@ impl Link {
         if let Err(error) = self.send_on(cx) {
             return Poll::Ready(Some(Err(error)));
         }
-        loop {
-            if self.is_over() {
-                return Poll::Ready(None);
-            }
+        if !self.unread.is_empty() {
+            return Poll::Ready(Some(Ok(std::mem::take(&mut self.unread))));
+        }
+        while !self.body.is_complete() {
             let body = &mut self.body;
-            let decoded = if self.unread.is_empty() {
-                ready!(poll_read(&mut self.stream, cx, |bytes| decode(body, bytes)))
-                    .map_err(ExchangeError::Io)
-            } else {
-                Ok(decode(body, &std::mem::take(&mut self.unread)))
-            };
-            match decoded.and_then(|decoded| Ok(decoded?)) {
+            let decoded = ready!(poll_read(&mut self.stream, cx, |bytes| {
+                if bytes.is_empty() {
+                    body.end()?;
+                }
+                decode(body, bytes)
+            }));
+            match decoded
+                .map_err(ExchangeError::Io)
+                .and_then(|decoded| Ok(decoded?))
+            {
                 Err(error) => return Poll::Ready(Some(Err(error))),
                 Ok((data, is_all)) => {
                     self.is_persistent &= is_all;
@@ -181,26 +168,19 @@ impl Link {
                 }
             }
         }
+        Poll::Ready(None)
     }
 
     /// Whether the answer's body has come whole.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.body.is_complete()
+        self.unread.is_empty() && self.body.is_complete()
     }
 
     /// How much of the answer's body is still to come, in bytes, if that is known.
     #[must_use]
     pub fn remaining(&self) -> Option<u64> {
-        self.body.remaining()
-    }
-
-    /// What lies behind an answer without a body belongs to no answer.
-    fn look_behind(&mut self) {
-        if self.body.is_complete() && !self.unread.is_empty() {
-            self.is_persistent = false;
-            self.unread = Bytes::new();
-        }
+        Some(self.body.remaining()? + self.unread.len() as u64)
     }
 
     /// Sends as much of the request as there is and the upstream takes.
@@ -271,11 +251,48 @@ fn poll_read<T>(
     Poll::Ready(Ok(take(bytes.filled())))
 }
 
-/// The data in `bytes`, of which there are none at the end, and whether all of them belong to the body.
-fn decode(body: &mut Decoder, bytes: &[u8]) -> Result<(Bytes, bool), Malformed> {
+/// A head and what came with its end.
+struct Taken {
+    response: Response<()>,
+    is_persistent: bool,
+    data: Bytes,
+}
+
+/// Puts `bytes` behind those that are `unread` and takes the head of the actual answer from them, if
+/// it is all there; `body` is then where the body is.
+fn take_head(
+    unread: &mut Bytes,
+    body: &mut Decoder,
+    bytes: &[u8],
+) -> Result<Option<Taken>, ExchangeError> {
     if bytes.is_empty() {
-        body.end()?;
+        return Err(ExchangeError::Unanswered);
     }
+    let joined;
+    let mut bytes = if unread.is_empty() {
+        bytes
+    } else {
+        joined = [unread, bytes].concat();
+        &joined
+    };
+    while let Some(head) = answer::parse(bytes)? {
+        bytes = &bytes[head.length..];
+        if !head.is_interim() {
+            *body = head.body;
+            let (data, is_all) = decode(body, bytes)?;
+            return Ok(Some(Taken {
+                response: head.response,
+                is_persistent: head.is_persistent && is_all,
+                data,
+            }));
+        }
+    }
+    *unread = Bytes::copy_from_slice(bytes);
+    Ok(None)
+}
+
+/// The data in `bytes`, and whether all of them belong to the body.
+fn decode(body: &mut Decoder, bytes: &[u8]) -> Result<(Bytes, bool), Malformed> {
     let mut data = Vec::with_capacity(bytes.len());
     let count = body.decode(bytes, &mut data)?;
     Ok((data.into(), count == bytes.len()))

@@ -3,7 +3,6 @@
 #![no_main]
 
 use codex_responses_proxy::answer::{Malformed, parse};
-use hyper::body::Bytes;
 use libfuzzer_sys::fuzz_target;
 
 /// What an answer comes to: its status, its data, whether that is all, and how many bytes it was.
@@ -17,9 +16,8 @@ fn read(bytes: &[u8], lengths: &[u8]) -> Outcome {
     let mut data = Vec::new();
     while end < bytes.len() {
         end = (end + lengths.next().unwrap_or(bytes.len())).min(bytes.len());
-        let piece = Bytes::copy_from_slice(&bytes[begin..end]);
         if head.is_none() {
-            head = parse(&piece)?;
+            head = parse(&bytes[begin..end])?;
             begin += head.as_ref().map_or(0, |head| head.length);
         }
         if let Some(head) = &mut head {
