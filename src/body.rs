@@ -1,12 +1,12 @@
 //! Bodies on their way: counted, passed on as they come, and tied to what they came from.
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use http_body_util::Full;
-use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::body::{Body, Bytes, Incoming};
 
 use crate::dump::Tap;
 use crate::link::{ExchangeError, Link};
@@ -104,6 +104,16 @@ impl RequestBody {
         Poll::Ready(Some(Ok(data)))
     }
 
+    /// Takes what has come, as if it had been sent: if that is all, the client can go on to its next
+    /// request.
+    pub async fn discard(mut self) {
+        poll_fn(|cx| {
+            while let Poll::Ready(Some(Ok(_))) = self.poll_data(cx) {}
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     /// Whether there is no more. A body in chunks may be over without this being known.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -117,17 +127,50 @@ impl RequestBody {
     }
 }
 
-/// The body of an answer to a client.
+/// The body of a response to a client.
 pub enum ResponseBody {
-    /// Our own words.
-    Own(Full<Bytes>),
+    /// Our own words; empty once they are taken.
+    Own(Bytes),
     /// The upstream's.
     Relayed(Box<Relay>),
 }
 
-impl From<Bytes> for ResponseBody {
-    fn from(bytes: Bytes) -> Self {
-        Self::Own(Full::new(bytes))
+impl ResponseBody {
+    /// Gives the next piece of data, as soon as there is any.
+    ///
+    /// # Errors
+    ///
+    /// The upstream broke its answer off.
+    pub fn poll_data(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, ExchangeError>>> {
+        match self {
+            Self::Own(words) if words.is_empty() => Poll::Ready(None),
+            Self::Own(words) => Poll::Ready(Some(Ok(std::mem::take(words)))),
+            Self::Relayed(relay) => relay.poll_data(cx),
+        }
+    }
+
+    /// Whether there is no more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        match self {
+            Self::Own(words) => words.is_empty(),
+            Self::Relayed(relay) => relay.link.is_none(),
+        }
+    }
+
+    /// How many bytes are still to come, if that is known.
+    #[must_use]
+    pub fn length(&self) -> Option<u64> {
+        match self {
+            Self::Own(words) => Some(words.len() as u64),
+            Self::Relayed(relay) => match &relay.link {
+                None => Some(0),
+                Some(link) => link.remaining(),
+            },
+        }
     }
 }
 
@@ -181,41 +224,5 @@ impl Relay {
         }
         self.finish_if_over();
         Poll::Ready(data)
-    }
-}
-
-impl Body for ResponseBody {
-    type Data = Bytes;
-    type Error = ExchangeError;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, ExchangeError>>> {
-        match self.get_mut() {
-            Self::Own(body) => Pin::new(body)
-                .poll_frame(cx)
-                .map_err(|never| match never {}),
-            Self::Relayed(relay) => relay.poll_data(cx).map_ok(Frame::data),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Own(body) => body.is_end_stream(),
-            Self::Relayed(relay) => relay.link.is_none(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Own(body) => body.size_hint(),
-            Self::Relayed(relay) => match &relay.link {
-                None => SizeHint::with_exact(0),
-                Some(link) => link
-                    .remaining()
-                    .map_or_else(SizeHint::new, SizeHint::with_exact),
-            },
-        }
     }
 }

@@ -1,26 +1,24 @@
 //! One client connection, from its acceptance to its last byte.
 
 use std::cell::RefCell;
-use std::convert::Infallible;
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use hyper::server::conn::http1::Builder;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use hyper::Request;
+use hyper::body::Incoming;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use crate::body::{Progress, RequestState};
 use crate::exchange::{Client, Proxy};
-use crate::framing::Scanner;
+use crate::reader::Reader;
+use crate::socket::{SharedSocket, Socket};
 use crate::stop::Stop;
-use crate::{MAX_HEAD_BYTES, MAX_HEADERS};
+use crate::writer::{Manner, WriteError, Writer};
 
 /// How long a head may take to come, and how long a connection may be idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -40,189 +38,209 @@ const LINGER_BYTES: usize = 256 << 20;
 const STUCK_CHECK: Duration = Duration::from_secs(1);
 
 /// Serves one client until either side is done.
-pub async fn serve(stream: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
+pub async fn serve(tcp: TcpStream, proxy: Rc<Proxy>, stop: Rc<Stop>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
-    let _ = stream.set_nodelay(true);
-    let client = Rc::new(proxy.admit(&stream).await);
-    let stream = Rc::new(RefCell::new(ClientStream {
-        tcp: stream,
-        scanner: Scanner::default(),
-        client: Rc::clone(&client),
-        ended: false,
-    }));
-    let service = service_fn(|request| {
-        let (proxy, client) = (Rc::clone(&proxy), Rc::clone(&client));
-        // Boxed, because hyper keeps its place in memory while the answer streams.
-        Box::pin(async move { Ok::<_, Infallible>(proxy.answer(&client, request).await) })
-    });
-    let mut connection = Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_headers(MAX_HEADERS)
-        .max_header_size(MAX_HEAD_BYTES)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .auto_date_header(false)
-        // Leaving is watched for below: hyper would keep a buffer for what it might read.
-        .half_close(true)
-        .serve_connection(TokioIo::new(SharedStream(Rc::clone(&stream))), service);
-
-    let ending = async {
-        stop.begun().await;
-        if client.is_new() || client.in_head.get() {
-            sleep(LAST_REQUEST_GRACE).await;
-        }
+    let _ = tcp.set_nodelay(true);
+    let client = proxy.admit(&tcp).await;
+    let mut connection = Connection {
+        socket: Rc::new(RefCell::new(Socket::new(tcp))),
+        reader: None,
+        request: None,
+        stuck_check: None,
     };
-    let mut ending = pin!(ending);
-    let mut asked_to_end = false;
-    let mut stuck_check: Option<Pin<Box<Sleep>>> = None;
-    let is_clean = std::future::poll_fn(|cx| {
-        if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
-            return Poll::Ready(outcome.is_ok());
+    let end = connection.run(client, &proxy, &stop).await;
+    let is_sending = connection.may_be_sending();
+    drop(connection.reader);
+    let Some(socket) = Rc::into_inner(connection.socket).map(RefCell::into_inner) else {
+        return;
+    };
+    match end {
+        End::Reset => {
+            let _ = socket.tcp.set_zero_linger();
         }
-        if !asked_to_end && ending.as_mut().poll(cx).is_ready() {
-            asked_to_end = true;
-            if client.in_head.get() && !client.is_busy() {
-                return Poll::Ready(true);
+        // Boxed, so that only those who linger have its buffer.
+        End::Close if is_sending && !socket.has_ended => Box::pin(linger(socket.tcp)).await,
+        End::Malformed if !socket.has_ended => Box::pin(linger(socket.tcp)).await,
+        End::Close | End::Malformed => {}
+    }
+}
+
+/// How a connection is to be ended.
+enum End {
+    /// There is nothing more to do.
+    Close,
+    /// What came was no request, and nobody knows what follows it.
+    Malformed,
+    /// So that the client can't take a part of an answer for the whole.
+    Reset,
+}
+
+struct Connection {
+    socket: Rc<RefCell<Socket>>,
+    /// While there is something of a request to be read.
+    reader: Option<Reader>,
+    /// The last request.
+    request: Option<Rc<RequestState>>,
+    stuck_check: Option<Pin<Box<Sleep>>>,
+}
+
+impl Connection {
+    async fn run(&mut self, client: Client, proxy: &Proxy, stop: &Stop) -> End {
+        let mut ending = pin!(stop.begun());
+        let mut head_timeout = pin!(sleep(HEAD_TIMEOUT));
+        loop {
+            let request = match self.next(ending.as_mut(), head_timeout.as_mut()).await {
+                Ok(Some(request)) => request,
+                Ok(None) => return End::Close,
+                Err(_) => return End::Malformed,
+            };
+            let state = RequestState::of(request.body());
+            self.request = Some(Rc::clone(&state));
+            let findings = self.socket.borrow().scanner.findings();
+            let mut manner = Manner::of(&request);
+            // Boxed, since it needs much memory, and its answer may take hours.
+            let answer = Box::pin(proxy.answer(client, findings, request, state));
+            let Some(response) = self.while_here(answer).await else {
+                return End::Close;
+            };
+            manner.closes |= findings.must_close() || stop.has_begun();
+            let mut writer = Writer::new(response, manner);
+            let ends_by_close = writer.ends_by_close();
+            let socket = Rc::clone(&self.socket);
+            let writing = poll_fn(|cx| writer.poll(cx, &mut socket.borrow_mut().tcp));
+            match self.while_here(writing).await {
+                Some(Ok(())) => {}
+                // The connection may still be good; it is its end that tells.
+                None | Some(Err(WriteError::Upstream(_))) if ends_by_close => return End::Reset,
+                None => return End::Close,
+                Some(Err(WriteError::Upstream(_))) => return End::Close,
+                Some(Err(WriteError::Client(_))) => {
+                    self.socket.borrow_mut().has_ended = true;
+                    return End::Close;
+                }
             }
-            Pin::new(&mut connection).graceful_shutdown();
-            if let Poll::Ready(outcome) = Pin::new(&mut connection).poll(cx) {
-                return Poll::Ready(outcome.is_ok());
+            if manner.closes || self.may_be_sending() {
+                return End::Close;
             }
         }
-        if !client.is_busy() {
-            stuck_check = None;
-            return Poll::Pending;
+    }
+
+    /// The next request; `None` if there is none any more. Its body may be still to come.
+    ///
+    /// Nothing is set up before there is something to read, so an idle connection has no buffer.
+    async fn next(
+        &mut self,
+        mut ending: Pin<&mut impl Future<Output = ()>>,
+        mut head_timeout: Pin<&mut Sleep>,
+    ) -> hyper::Result<Option<Request<Incoming>>> {
+        let deadline = Instant::now() + HEAD_TIMEOUT;
+        let mut grace: Option<Pin<Box<Sleep>>> = None;
+        poll_fn(|cx| {
+            if let Poll::Ready(request) = self.poll_request(cx) {
+                return Poll::Ready(request);
+            }
+            // Moving the timer for each request would be dearer than to look again when it is over.
+            while head_timeout.as_mut().poll(cx).is_ready() {
+                if Instant::now() >= deadline {
+                    return Poll::Ready(Ok(None));
+                }
+                head_timeout.as_mut().reset(deadline);
+            }
+            if grace.is_none() {
+                ready!(ending.as_mut().poll(cx));
+                if self.request.is_some() && !self.socket.borrow().scanner.is_in_head() {
+                    return Poll::Ready(Ok(None));
+                }
+            }
+            let grace = grace.get_or_insert_with(|| Box::pin(sleep(LAST_REQUEST_GRACE)));
+            grace.as_mut().poll(cx).map(|()| Ok(None))
+        })
+        .await
+    }
+
+    fn poll_request(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<hyper::Result<Option<Request<Incoming>>>> {
+        if self.reader.is_none() {
+            ready!(self.socket.borrow_mut().poll_readable(cx));
         }
-        if !client.may_be_sending() {
-            stuck_check = None;
-            return stream.borrow_mut().poll_left(cx).map(|()| false);
+        let reader = self
+            .reader
+            .get_or_insert_with(|| Reader::new(SharedSocket(Rc::clone(&self.socket))));
+        reader.poll_request(cx)
+    }
+
+    /// What `future` comes to; `None` if the client leaves before. Meanwhile reads the request's body,
+    /// as `future` asks for it.
+    async fn while_here<T>(&mut self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            self.read_on(cx);
+            if let Poll::Ready(output) = future.as_mut().poll(cx) {
+                self.read_on(cx);
+                return Poll::Ready(Some(output));
+            }
+            self.read_on(cx);
+            self.poll_left(cx).map(|()| None)
+        })
+        .await
+    }
+
+    /// Reads the request's body, as long as there is more of it.
+    fn read_on(&mut self, cx: &mut Context<'_>) {
+        let Some(reader) = &mut self.reader else {
+            return;
+        };
+        if self.request.as_ref().is_some_and(is_complete) {
+            if let Some(reader) = self.reader.take() {
+                let rest = reader.into_rest();
+                self.socket.borrow_mut().rest = rest;
+            }
+        } else {
+            // An error is the body's, whose reader gets it, too.
+            let _ = reader.poll_on(cx);
         }
-        let check = stuck_check.get_or_insert_with(|| Box::pin(sleep(STUCK_CHECK)));
+    }
+
+    /// Waits until the client has left.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.reader.is_none() {
+            self.stuck_check = None;
+            return self.socket.borrow_mut().poll_left(cx);
+        }
+        let new_check = || Box::pin(sleep(STUCK_CHECK));
+        let check = self.stuck_check.get_or_insert_with(new_check);
         while check.as_mut().poll(cx).is_ready() {
-            if stream.borrow().is_gone() {
-                return Poll::Ready(false);
+            if self.socket.borrow().is_reset() {
+                return Poll::Ready(());
             }
             check.as_mut().reset(Instant::now() + STUCK_CHECK);
         }
         Poll::Pending
-    })
-    .await;
-    drop(connection);
-    let Some(stream) = Rc::into_inner(stream).map(RefCell::into_inner) else {
-        return;
-    };
-    if !is_clean && client.ends_by_close.get() {
-        let _ = stream.tcp.set_zero_linger();
-    } else if !stream.ended && (!is_clean || client.may_be_sending()) {
-        // Where it isn't clean there was a head that is none: nobody knows what follows it. Boxed, so
-        // that only those who linger have its buffer.
-        Box::pin(linger(stream.tcp)).await;
+    }
+
+    /// Whether the client has not sent all of its last request.
+    fn may_be_sending(&self) -> bool {
+        self.socket.borrow().scanner.is_in_body() && !self.request.as_ref().is_some_and(is_complete)
     }
 }
 
+fn is_complete(request: &Rc<RequestState>) -> bool {
+    request.progress() == Progress::Complete
+}
+
 /// Says that nothing more will come, then takes what the client still sends, within bounds.
-async fn linger(mut stream: TcpStream) {
-    if stream.shutdown().await.is_err() {
+async fn linger(mut tcp: TcpStream) {
+    if tcp.shutdown().await.is_err() {
         return;
     }
     let mut scratch = [0; 16 << 10];
     let mut left = LINGER_BYTES;
-    while let Ok(Ok(count)) = tokio::time::timeout(LINGER_PAUSE, stream.read(&mut scratch)).await {
+    while let Ok(Ok(count)) = timeout(LINGER_PAUSE, tcp.read(&mut scratch)).await {
         left = left.saturating_sub(count);
         if count == 0 || left == 0 {
             return;
         }
-    }
-}
-
-/// A client's socket, whose incoming bytes are looked at on their way.
-struct ClientStream {
-    tcp: TcpStream,
-    scanner: Scanner,
-    client: Rc<Client>,
-    /// The client has said that nothing more will come, or the connection is gone.
-    ended: bool,
-}
-
-impl ClientStream {
-    /// Waits until the client has left. That can't be told as long as it has sent more than its
-    /// request.
-    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut byte = [MaybeUninit::uninit()];
-        let mut byte = ReadBuf::uninit(&mut byte);
-        if let Ok(1..) = ready!(self.tcp.poll_peek(cx, &mut byte)) {
-            return Poll::Pending;
-        }
-        self.ended = true;
-        Poll::Ready(())
-    }
-
-    /// Whether the connection has been reset (poll(2), which reports that unasked).
-    #[allow(unsafe_code)]
-    fn is_gone(&self) -> bool {
-        let mut state = libc::pollfd {
-            fd: self.tcp.as_raw_fd(),
-            events: 0,
-            revents: 0,
-        };
-        // SAFETY: one pollfd, valid for the call, which doesn't wait; `self.tcp` keeps it open.
-        let count = unsafe { libc::poll(&mut state, 1, 0) };
-        count > 0 && state.revents & (libc::POLLERR | libc::POLLHUP) != 0
-    }
-}
-
-/// What hyper holds of a [`ClientStream`].
-struct SharedStream(Rc<RefCell<ClientStream>>);
-
-impl AsyncRead for SharedStream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self.get_mut().0.borrow_mut();
-        let before = buf.filled().len();
-        let outcome = Pin::new(&mut this.tcp).poll_read(cx, buf);
-        match &outcome {
-            Poll::Ready(Ok(())) if buf.filled().len() > before => {
-                this.scanner.feed(&buf.filled()[before..]);
-                this.client.findings.set(this.scanner.findings());
-                this.client.in_head.set(this.scanner.is_in_head());
-                this.client.in_body.set(this.scanner.is_in_body());
-            }
-            Poll::Ready(_) => this.ended = true,
-            Poll::Pending => {}
-        }
-        outcome
-    }
-}
-
-impl AsyncWrite for SharedStream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0.borrow_mut().tcp).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0.borrow_mut().tcp).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0.borrow_mut().tcp).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0.borrow_mut().tcp).poll_shutdown(cx)
     }
 }

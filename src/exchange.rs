@@ -1,15 +1,13 @@
 //! One exchange: a client's request, decided on, forwarded, and its answer on the way back.
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderValue};
+use hyper::body::{Bytes, Incoming};
 use hyper::http::request::Parts;
-use hyper::{Request, Response, StatusCode, Version};
+use hyper::{Request, Response, StatusCode};
 use tokio::net::TcpStream;
 
-use crate::body::{Progress, Relay, RequestBody, RequestState, ResponseBody};
+use crate::body::{Relay, RequestBody, RequestState, ResponseBody};
 use crate::connector::{ConnectError, with_sources};
 use crate::dump::Dumper;
 use crate::filter::{self, Decision};
@@ -22,45 +20,13 @@ use crate::refusal::{Refusal, error_response};
 use crate::stop::Stop;
 use crate::upstream::{Upstream, UpstreamError};
 
-/// What is known of one client connection.
-#[derive(Default)]
+/// What is known of who is at the other end of a connection.
+#[derive(Clone, Copy, Default)]
 pub struct Client {
-    /// The uid of the process at the other end, where it was asked for.
+    /// The uid of the process there, where it was asked for.
     pub uid: Option<u32>,
     /// Whether that user may not be served.
     pub is_refused: bool,
-    /// What the second look at its heads found.
-    pub findings: Cell<Findings>,
-    /// Whether it is in the middle of sending a head.
-    pub in_head: Cell<bool>,
-    /// Whether it may be in the middle of sending a body; where a chunked one ends is not known here.
-    pub in_body: Cell<bool>,
-    /// Its last request.
-    pub request: RefCell<Option<Rc<RequestState>>>,
-    /// Whether an HTTP/1.0 answer is under way, whose end is the connection's: if it breaks off, the
-    /// connection must be reset, or the client would take the part for the whole.
-    pub ends_by_close: Cell<bool>,
-}
-
-impl Client {
-    /// Whether it has sent nothing yet.
-    pub fn is_new(&self) -> bool {
-        self.request.borrow().is_none()
-    }
-
-    /// Whether a request of its is being forwarded: then others hold its state, too.
-    pub fn is_busy(&self) -> bool {
-        self.request
-            .borrow()
-            .as_ref()
-            .is_some_and(|request| Rc::strong_count(request) > 1)
-    }
-
-    /// Whether it has not sent all of its last request's body.
-    pub fn may_be_sending(&self) -> bool {
-        let is_complete = |request: &Rc<RequestState>| request.progress() == Progress::Complete;
-        self.in_body.get() && !self.request.borrow().as_ref().is_some_and(is_complete)
-    }
 }
 
 /// What all exchanges have in common.
@@ -89,25 +55,20 @@ impl Proxy {
         Client {
             uid,
             is_refused: !is_allowed,
-            ..Client::default()
         }
     }
 
-    /// Answers one request.
+    /// Answers one request, in whose head `findings` were made; `state` is that of its body.
     pub async fn answer(
         &self,
-        client: &Client,
+        client: Client,
+        findings: Findings,
         request: Request<Incoming>,
+        state: Rc<RequestState>,
     ) -> Response<ResponseBody> {
-        client
-            .ends_by_close
-            .set(request.version() == Version::HTTP_10);
         let (head, body) = request.into_parts();
-        let state = RequestState::of(&body);
-        client.request.replace(Some(Rc::clone(&state)));
-        let findings = client.findings.get();
-        let mut response = match self.decide(&head, client) {
-            Decision::Forward => self.forward(client.uid, head, body, state).await,
+        let response = match self.decide(&head, client, findings) {
+            Decision::Forward => return self.forward(client.uid, head, body, state).await,
             Decision::Refuse(refusal) => refuse(client.uid, refusal),
             Decision::Shutdown => {
                 log::line(format_args!(
@@ -115,23 +76,18 @@ impl Proxy {
                     Uid(client.uid)
                 ));
                 self.stop.begin();
-                Response::new(ResponseBody::from(hyper::body::Bytes::new()))
+                Response::new(ResponseBody::Own(Bytes::new()))
             }
         };
-        if findings.chunked || findings.fragment || findings.two_framings {
-            response
-                .headers_mut()
-                .insert(CONNECTION, HeaderValue::from_static("close"));
-        }
+        RequestBody::new(body, state, None).discard().await;
         response
     }
 
-    fn decide(&self, head: &Parts, client: &Client) -> Decision {
+    fn decide(&self, head: &Parts, client: Client, findings: Findings) -> Decision {
         if client.is_refused {
             let message = "this user may not use this proxy, or its connection was closed too early to tell whose it is";
             return Decision::Refuse(Refusal::forbidden("user_not_allowed", message));
         }
-        let findings = client.findings.get();
         if findings.two_framings {
             let message = "a request has a Content-Length or a Transfer-Encoding, never both";
             return Decision::Refuse(Refusal::malformed(message));

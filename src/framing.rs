@@ -17,6 +17,14 @@ pub struct Findings {
     pub chunked: bool,
 }
 
+impl Findings {
+    /// Whether the connection must not be used for another request.
+    #[must_use]
+    pub fn must_close(self) -> bool {
+        self.two_framings || self.fragment || self.chunked
+    }
+}
+
 /// Where in a connection's bytes the scanner is.
 enum Place {
     /// Before or in the request line.

@@ -32,7 +32,7 @@ fn is_replaced(name: &str) -> bool {
 /// Writes headers of a request for the upstream to `head`: the client's end-to-end ones in their
 /// order, behind a `Host` of ours.
 pub fn write_for_upstream(client: &HeaderMap, host: &HeaderValue, head: &mut Vec<u8>) {
-    write(header::HOST.as_str(), host, head);
+    write("host", host.as_bytes(), head);
     let disowned: Vec<HeaderName> = client
         .get_all(header::CONNECTION)
         .iter()
@@ -41,13 +41,14 @@ pub fn write_for_upstream(client: &HeaderMap, host: &HeaderValue, head: &mut Vec
     for (name, value) in client {
         let text = name.as_str();
         if !is_hop_by_hop(text) && !is_replaced(text) && !disowned.contains(name) {
-            write(text, value, head);
+            write(text, value.as_bytes(), head);
         }
     }
 }
 
-fn write(name: &str, value: &HeaderValue, head: &mut Vec<u8>) {
-    for part in [name.as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+/// Writes one header to `head`.
+pub fn write(name: &str, value: &[u8], head: &mut Vec<u8>) {
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
         head.extend_from_slice(part);
     }
 }

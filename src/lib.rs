@@ -6,13 +6,14 @@
 //! | step | modules |
 //! | --- | --- |
 //! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
-//! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`framing`] |
+//! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`socket`], [`framing`], [`reader`] |
 //! | its request is decided on | [`filter`], [`refusal`] |
-//! | and goes up | [`exchange`], [`outgoing`], [`headers`], [`upstream`], [`connector`], [`link`] |
-//! | the answer comes back | [`answer`], [`body`], [`log`], [`dump`] |
+//! | and goes up | [`exchange`], [`outgoing`], [`batch`], [`headers`], [`upstream`], [`connector`], [`link`] |
+//! | the answer comes back | [`answer`], [`body`], [`writer`], [`log`], [`dump`] |
 
 pub mod allow_list;
 pub mod answer;
+pub mod batch;
 pub mod body;
 pub mod cli;
 pub mod connection;
@@ -29,15 +30,18 @@ pub mod listener;
 pub mod log;
 pub mod outgoing;
 pub mod peer;
+pub mod reader;
 pub mod refusal;
 pub mod server_info;
 #[cfg(target_os = "linux")]
 pub mod sock_diag;
+pub mod socket;
 pub mod stop;
 pub mod systemd;
 pub mod target;
 mod terminal;
 pub mod upstream;
+pub mod writer;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

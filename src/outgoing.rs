@@ -10,22 +10,13 @@ use std::task::{Context, Poll};
 use hyper::body::Bytes;
 use hyper::header::{HeaderMap, HeaderValue};
 
+use crate::batch::{Batch, SLICES};
 use crate::body::RequestBody;
 use crate::credential::Credential;
 use crate::headers;
 
 /// How much memory a head is given at first, in bytes: most are smaller.
 const USUAL_HEAD_BYTES: usize = 1 << 10;
-
-/// What is at the end of a chunk, of a body's last chunk, and where a body has no chunk left
-/// (RFC 9112, section 7.1).
-const CHUNK_END: &[u8] = b"\r\n";
-const LAST_CHUNK_END: &[u8] = b"\r\n0\r\n\r\n";
-const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
-
-/// How many slices are written at once: the opening, the credential and the rest of the head; then a
-/// chunk's size, data, and what is behind them.
-const SLICES: usize = 6;
 
 /// What the heads of all requests have in common.
 pub struct Opening {
@@ -45,59 +36,12 @@ impl Opening {
             host,
         }
     }
-}
 
-/// What is to be written next.
-struct Batch {
-    opening: Rc<Opening>,
-    /// The head from behind the credential on; empty once it is written.
-    head: Vec<u8>,
-    /// The size of a chunk.
-    size: String,
-    /// A piece of the body.
-    data: Bytes,
-    /// What is behind a chunk.
-    end: &'static [u8],
-    /// How much of all these is written.
-    written: usize,
-}
-
-impl Batch {
-    fn parts(&self) -> [&[u8]; SLICES] {
-        let (line, credential) = if self.head.is_empty() {
-            (&b""[..], &b""[..])
-        } else {
-            (&self.opening.line[..], self.opening.credential.expose())
-        };
-        let size = self.size.as_bytes();
-        [line, credential, &self.head, size, &self.data, self.end]
-    }
-
-    fn slices(&self) -> ([IoSlice<'_>; SLICES], usize) {
-        let mut slices = [IoSlice::new(&[]); SLICES];
-        let (mut count, mut written) = (0, self.written);
-        for part in self.parts() {
-            let rest = &part[written.min(part.len())..];
-            written -= part.len() - rest.len();
-            if !rest.is_empty() {
-                slices[count] = IoSlice::new(rest);
-                count += 1;
-            }
-        }
-        (slices, count)
-    }
-
-    fn advance(&mut self, count: usize) {
-        self.written += count;
-        let length: usize = self.parts().iter().map(|part| part.len()).sum();
-        if self.written == length {
-            // The memory is let go of, too: an answer may take hours.
-            self.head = Vec::new();
-            self.size.clear();
-            self.data = Bytes::new();
-            self.end = b"";
-            self.written = 0;
-        }
+    /// What each of them begins with; the last is the credential. Whoever calls this must hand the
+    /// bytes to the wire and keep no copy.
+    #[must_use]
+    pub fn parts(&self) -> [&[u8]; 2] {
+        [&self.line, self.credential.expose()]
     }
 }
 
@@ -124,14 +68,7 @@ impl Outgoing {
         }
         head.extend_from_slice(b"\r\n");
         Self {
-            batch: Batch {
-                opening,
-                head,
-                size: String::new(),
-                data: Bytes::new(),
-                end: b"",
-                written: 0,
-            },
+            batch: Batch::new(Some(opening), head),
             is_chunked,
             body_is_over: body.length() == Some(0),
             body,
@@ -144,7 +81,7 @@ impl Outgoing {
     ///
     /// The client broke its body off, or sent something that is no body.
     pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Result<(), hyper::Error> {
-        while !self.body_is_over && self.batch.data.is_empty() && self.batch.end.is_empty() {
+        while !self.body_is_over && self.batch.takes_piece() {
             let piece = match self.body.poll_data(cx) {
                 Poll::Pending => break,
                 Poll::Ready(Some(piece)) => piece?,
@@ -155,19 +92,17 @@ impl Outgoing {
             };
             self.body_is_over |= self.body.is_over();
             if self.is_chunked {
-                self.batch.end = match (piece.is_empty(), self.body_is_over) {
-                    (true, false) => b"",
-                    (true, true) => LAST_CHUNK,
-                    (false, false) => CHUNK_END,
-                    (false, true) => LAST_CHUNK_END,
-                };
-                if !piece.is_empty() {
-                    self.batch.size = format!("{:x}\r\n", piece.len());
-                }
+                self.batch.add_chunk(piece, self.body_is_over);
+            } else {
+                self.batch.add(piece);
             }
-            self.batch.data = piece;
         }
         Ok(())
+    }
+
+    /// Lets the client go on to its next request, if this one has come whole.
+    pub async fn discard(self) {
+        self.body.discard().await;
     }
 
     /// What is to be written, in one vectored write: so many of these slices.
@@ -185,69 +120,5 @@ impl Outgoing {
     #[must_use]
     pub fn body_is_over(&self) -> bool {
         self.body_is_over
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What is written, `limits` bytes a write.
-    fn written(mut batch: Batch, limits: &[usize]) -> Vec<u8> {
-        let mut wire = Vec::new();
-        for limit in limits.iter().cycle() {
-            let (slices, count) = batch.slices();
-            let all: Vec<u8> = slices[..count]
-                .iter()
-                .flat_map(|slice| slice.to_vec())
-                .collect();
-            if all.is_empty() {
-                break;
-            }
-            let count = all.len().min(*limit);
-            wire.extend_from_slice(&all[..count]);
-            batch.advance(count);
-        }
-        assert!(batch.head.capacity() == 0 && batch.data.is_empty());
-        wire
-    }
-
-    #[test]
-    fn the_credential_is_in_its_place_with_every_short_write() {
-        let mut key = Some(b"sk-mine");
-        let credential = Credential::read(|buffer| {
-            let key = key.take().map_or(&b""[..], |key| key);
-            buffer[..key.len()].copy_from_slice(key);
-            Ok(key.len())
-        });
-        let host = HeaderValue::from_static("up");
-        let opening = Rc::new(Opening::new("/r?a=b", host, credential.unwrap()));
-        let head = "POST /r?a=b HTTP/1.1\r\nauthorization: Bearer sk-mine\r\nhost: up\r\n\r\n";
-        type Case = (&'static str, &'static str, &'static str, &'static [u8]);
-        let cases: [Case; 5] = [
-            ("no body", "", "", b""),
-            ("a length", "", "body", b""),
-            ("a chunk", "4\r\n", "body", CHUNK_END),
-            ("the last chunk", "4\r\n", "body", LAST_CHUNK_END),
-            ("no chunk", "", "", LAST_CHUNK),
-        ];
-        for (name, size, data, end) in cases {
-            for limits in [&[255][..], &[1], &[2, 0, 3], &[7], &[13, 1], &[40]] {
-                let batch = Batch {
-                    opening: Rc::clone(&opening),
-                    head: b"\r\nhost: up\r\n\r\n".to_vec(),
-                    size: size.to_owned(),
-                    data: Bytes::from_static(data.as_bytes()),
-                    end,
-                    written: 0,
-                };
-                let expected = [head.as_bytes(), size.as_bytes(), data.as_bytes(), end].concat();
-                assert_eq!(
-                    written(batch, limits).escape_ascii().to_string(),
-                    expected.escape_ascii().to_string(),
-                    "{name}, {limits:?} bytes a write"
-                );
-            }
-        }
     }
 }

@@ -1,6 +1,5 @@
 //! Answers of our own: what is refused and why, in OpenAI's error shape.
 
-use hyper::body::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde_json::json;
@@ -58,7 +57,7 @@ pub fn error_response(status: StatusCode, code: &str, message: &str) -> Response
     let body = format!(
         r#"{{"error":{{"message":{message},"type":"{kind}","code":"{code}","param":null}}}}"#
     );
-    let mut response = Response::new(ResponseBody::from(Bytes::from(body)));
+    let mut response = Response::new(ResponseBody::Own(body.into()));
     *response.status_mut() = status;
     response
         .headers_mut()

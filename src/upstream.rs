@@ -70,10 +70,13 @@ impl Upstream {
         let mut link = match idle {
             Some(link) => link,
             // Boxed, so that only those who connect have its memory.
-            None => Box::pin(self.connector.connect())
-                .await
-                .map(Link::new)
-                .map_err(UpstreamError::Connect)?,
+            None => match Box::pin(self.connector.connect()).await {
+                Ok(stream) => Link::new(stream),
+                Err(error) => {
+                    request.discard().await;
+                    return Err(UpstreamError::Connect(error));
+                }
+            },
         };
         match link.send(request).await {
             Ok(response) => Ok((link, response)),
