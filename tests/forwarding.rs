@@ -369,6 +369,46 @@ fn a_client_of_http_1_0_is_served() {
 }
 
 #[test]
+fn a_connection_stays_unless_the_client_wants_it_closed() {
+    let upstream = Upstream::start(ok);
+    let proxy = Launch::to(&upstream).start();
+    let cases = [
+        ("nothing", "1.1", "", true),
+        ("to keep it", "1.1", "Connection: keep-alive\r\n", true),
+        ("to close it", "1.1", "Connection: close\r\n", false),
+        (
+            "to close it, among others",
+            "1.1",
+            "Connection: x\r\nConnection: y, CLOSE ,z\r\n",
+            false,
+        ),
+        ("HTTP/1.0", "1.0", "", false),
+        (
+            "HTTP/1.0, to keep it",
+            "1.0",
+            "Connection: keep-alive\r\n",
+            false,
+        ),
+    ];
+    for (name, version, header, stays) in cases {
+        let mut client = Client::connect(proxy.port);
+        let host = format!("Host: localhost:{}\r\n", proxy.port);
+        let head =
+            format!("POST /v1/responses HTTP/{version}\r\n{host}{header}Content-Length: 2\r\n\r\n");
+        client.send(head + "{}").unwrap();
+        let response = client.response().unwrap();
+        assert_eq!(response.status(), 200, "{name}");
+        let said = response.head.get("connection");
+        assert_eq!(said, (!stays).then_some("close"), "{name}");
+        if stays {
+            assert_eq!(client.ask().unwrap().status(), 200, "{name}");
+        } else {
+            assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+        }
+    }
+}
+
+#[test]
 fn requests_sent_before_the_answer_to_the_last_are_answered_in_order() {
     let upstream = Upstream::start(|exchange| {
         let body = exchange.body()?.to_vec();

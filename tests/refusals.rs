@@ -78,6 +78,20 @@ fn head_is_refused_without_a_body() {
 }
 
 #[test]
+fn a_refused_request_is_not_asked_for_its_body() {
+    let upstream = Upstream::start(ok);
+    let proxy = Launch::to(&upstream).start();
+    let mut client = Client::connect(proxy.port);
+    let head = client.post_head("Origin: null\r\nExpect: 100-continue\r\nContent-Length: 5\r\n");
+    client.send(head).unwrap();
+    assert_eq!(client.response().unwrap().status(), 403, "no 100 before");
+    client.finish_sending();
+    assert_eq!(client.until_closed().unwrap(), b"");
+    proxy.stop();
+    assert!(upstream.close().is_empty());
+}
+
+#[test]
 fn other_paths_and_spellings_of_the_path_are_refused() {
     let targets = [
         ("the root", "/"),

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::load::{self, Delays};
-use crate::measure::{self, CpuTime, number};
+use crate::measure::{self, CpuTime, number, percentile};
 use crate::peers;
 use crate::round::{HELD_STREAMS, MEGABYTE, MICROSECOND, OPENED_AT_ONCE};
 use crate::upstream::Upstream;
@@ -46,7 +46,12 @@ pub(crate) fn main(
                 let streams = load::follow(port, 64, &delays).await?;
                 tokio::time::sleep(length).await;
                 streams.iter().for_each(tokio::task::JoinHandle::abort);
-                delays.delays.borrow().len() as u64
+                let mut delays = delays.delays.take();
+                for share in [0.5, 0.9, 0.99, 0.999] {
+                    let delay = percentile(&mut delays, share) / MICROSECOND;
+                    println!("{:.1} % wait {delay:.0} µs at most", share * 100.0);
+                }
+                delays.len() as u64
             }
             "streams" => {
                 let held = load::hold(port, HELD_STREAMS, OPENED_AT_ONCE).await?;
