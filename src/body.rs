@@ -152,6 +152,18 @@ impl ResponseBody {
         }
     }
 
+    /// Sends on what there is of a request that was answered before it was whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`ResponseBody::poll_data`].
+    pub fn send_on(&mut self, cx: &mut Context<'_>) -> Result<(), ExchangeError> {
+        match self {
+            Self::Own(_) => Ok(()),
+            Self::Relayed(relay) => relay.send_on(cx),
+        }
+    }
+
     /// Whether there is no more.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -205,6 +217,11 @@ impl Relay {
             self.tap = None;
             self.upstream.keep(link);
         }
+    }
+
+    fn send_on(&mut self, cx: &mut Context<'_>) -> Result<(), ExchangeError> {
+        let sent = self.link.as_mut().map_or(Ok(()), |link| link.send_on(cx));
+        sent.inspect_err(|error| self.record.broken_off(error))
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, ExchangeError>>> {

@@ -184,7 +184,11 @@ impl Link {
     }
 
     /// Sends as much of the request as there is and the upstream takes.
-    fn send_on(&mut self, cx: &mut Context<'_>) -> Result<(), ExchangeError> {
+    ///
+    /// # Errors
+    ///
+    /// The client broke it off, or the connection failed.
+    pub fn send_on(&mut self, cx: &mut Context<'_>) -> Result<(), ExchangeError> {
         let Some(outgoing) = &mut self.outgoing else {
             return Ok(());
         };

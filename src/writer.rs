@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use hyper::body::{Bytes, Incoming};
 use hyper::ext::ReasonPhrase;
@@ -164,10 +164,18 @@ impl Writer {
                     false => Poll::Pending,
                 };
             }
-            let written = ready!(Pin::new(&mut *tcp).poll_write_vectored(cx, &slices[..count]));
-            match written.map_err(WriteError::Client)? {
-                0 => return Poll::Ready(Err(WriteError::Client(io::ErrorKind::WriteZero.into()))),
-                written => self.batch.advance(written),
+            match Pin::new(&mut *tcp).poll_write_vectored(cx, &slices[..count]) {
+                Poll::Ready(Ok(0)) => {
+                    let error = io::ErrorKind::WriteZero.into();
+                    return Poll::Ready(Err(WriteError::Client(error)));
+                }
+                Poll::Ready(Ok(written)) => self.batch.advance(written),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(WriteError::Client(error))),
+                Poll::Pending => {
+                    // A client that reads nothing may be busy sending.
+                    self.body.send_on(cx).map_err(WriteError::Upstream)?;
+                    return Poll::Pending;
+                }
             }
         }
     }

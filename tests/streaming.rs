@@ -110,6 +110,26 @@ fn the_first_byte_of_a_slow_body_is_with_the_upstream_before_the_second() {
 }
 
 #[test]
+fn a_client_that_reads_nothing_before_it_has_sent_all_gets_an_early_answer_whole() {
+    // More than the sockets hold, so that the answer is stuck until the client reads, and the body if it had to wait
+    // for that.
+    const ANSWER: usize = 5_000_000;
+    const BODY: usize = 40_000_000;
+    let upstream = Upstream::start(|exchange| {
+        exchange.piece()?;
+        exchange.send(format!(
+            "HTTP/1.1 200 OK\r\nContent-Length: {ANSWER}\r\n\r\n"
+        ))?;
+        exchange.send(vec![b'x'; ANSWER])?;
+        exchange.body().map(drop)
+    });
+    let proxy = Launch::to(&upstream).start();
+    let mut client = Client::connect(proxy.port);
+    client.post("", &vec![b'x'; BODY]).unwrap();
+    assert_eq!(client.response().unwrap().body.len(), ANSWER);
+}
+
+#[test]
 fn five_hundred_streams_at_once_arrive_whole() {
     const STREAMS: usize = 500;
     const PIECES: usize = 16;
