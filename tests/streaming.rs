@@ -115,6 +115,16 @@ fn a_client_that_reads_nothing_before_it_has_sent_all_gets_an_early_answer_whole
     // for that.
     const ANSWER: usize = 5_000_000;
     const BODY: usize = 40_000_000;
+    // The upstream of this test can't do both at once either, and counts on its own socket to hold the rest.
+    let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_wmem").unwrap_or_default();
+    if limits
+        .split_whitespace()
+        .last()
+        .is_none_or(|most| most != "4194304")
+    {
+        let why = format!("sockets hold another amount here than 4 MiB: {limits:?}");
+        return support::skip("a client that reads nothing before it has sent all", &why);
+    }
     let upstream = Upstream::start(|exchange| {
         exchange.piece()?;
         exchange.send(format!(

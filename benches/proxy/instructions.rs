@@ -9,9 +9,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::config;
-use crate::load::{self, Client};
+use crate::load::Client;
 use crate::measure::number;
 use crate::peers;
+use crate::process;
+use crate::streams;
 use crate::upstream::Upstream;
 use crate::wire::{self, Task};
 
@@ -54,7 +56,7 @@ pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
 /// The instructions of a whole run of the proxy; `file` tells where they went.
 fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<dyn Error>> {
     let mut upstream = Upstream::start(folder)?;
-    let port = peers::free_port()?;
+    let port = process::free_port()?;
     let mut command = Command::new("valgrind");
     command
         .args(["--tool=callgrind", "--error-exitcode=0"])
@@ -64,7 +66,7 @@ fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<
         .arg("--upstream-ca")
         .arg(&upstream.ca)
         .arg("--http-shutdown");
-    let mut running = peers::start(&mut command, folder, port, START_TIMEOUT)?;
+    let mut running = process::start(&mut command, folder, port, START_TIMEOUT)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -77,7 +79,7 @@ fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<
                     client.exchange(&request).await?;
                 }
             }
-            Unit::Event => load::steps(&mut client, times, || upstream.step()).await?,
+            Unit::Event => streams::steps(&mut client, times, || upstream.step()).await?,
         }
         std::io::Result::Ok(())
     };

@@ -1,16 +1,14 @@
 //! The load: raw HTTP/1.1 over loopback, as lean as it can be, so that the proxy is what is measured.
 
-use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::Ipv4Addr;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::{JoinHandle, spawn_local};
 
-use crate::wire::{self, Chunks, EVENT_BYTES, EVENT_STAMP_AT, Task};
+use crate::wire::{self, Chunks, Task};
 
 /// What is read from a proxy at once.
 const READ_BYTES: usize = 16 << 10;
@@ -18,21 +16,18 @@ const READ_BYTES: usize = 16 << 10;
 /// What of a large body is written at once.
 const WRITE_BYTES: usize = 256 << 10;
 
-/// How long a stream is given before it is asked for events.
-const STEPS_PAUSE: Duration = Duration::from_millis(200);
-
 /// How long a new connection may go unserved, and how many are tried.
 const PATIENCE: Duration = Duration::from_secs(1);
 const ATTEMPTS: usize = 5;
 
 /// A connection to the proxy.
 pub(crate) struct Client {
-    tcp: TcpStream,
+    pub(crate) tcp: TcpStream,
     port: u16,
-    input: Vec<u8>,
+    pub(crate) input: Vec<u8>,
 }
 
-fn broken(what: &str) -> io::Error {
+pub(crate) fn broken(what: &str) -> io::Error {
     io::Error::other(what.to_owned())
 }
 
@@ -152,7 +147,7 @@ impl Client {
     }
 
     /// Begins a stream and waits for its head.
-    async fn stream(&mut self, task: Task) -> io::Result<Events> {
+    pub(crate) async fn stream(&mut self, task: Task) -> io::Result<Events> {
         let request = wire::small_request(self.port, task);
         self.tcp.write_all(&request).await?;
         let (end, filled) = self.head().await?;
@@ -166,33 +161,9 @@ impl Client {
 
 /// Where in a stream a client is.
 #[derive(Default)]
-struct Events {
-    chunks: Chunks,
-    data: Vec<u8>,
-}
-
-/// Nanoseconds from an event's sending to its receipt, while someone wants to know.
-#[derive(Default)]
-pub(crate) struct Delays {
-    pub(crate) recording: Cell<bool>,
-    pub(crate) delays: RefCell<Vec<u64>>,
-}
-
-impl Delays {
-    /// Takes the whole events out of a stream's data.
-    fn take(&self, data: &mut Vec<u8>) -> io::Result<()> {
-        let now = wire::now();
-        let whole = data.len() / EVENT_BYTES * EVENT_BYTES;
-        for event in data[..whole].chunks_exact(EVENT_BYTES) {
-            let sent = wire::stamp(&event[EVENT_STAMP_AT..]);
-            let sent = sent.ok_or_else(|| broken("an event without a stamp"))?;
-            if self.recording.get() {
-                self.delays.borrow_mut().push(now.saturating_sub(sent));
-            }
-        }
-        data.drain(..whole);
-        Ok(())
-    }
+pub(crate) struct Events {
+    pub(crate) chunks: Chunks,
+    pub(crate) data: Vec<u8>,
 }
 
 /// `count` requests one after the other over one connection, or as many as `bound` allows; gives the
@@ -241,77 +212,4 @@ pub(crate) async fn at_once(
         count += task.await.map_err(io::Error::other)??;
     }
     Ok((count, begin.elapsed()))
-}
-
-/// Follows `count` streams until the tasks are aborted.
-pub(crate) async fn follow(
-    port: u16,
-    count: usize,
-    delays: &Rc<Delays>,
-) -> io::Result<Vec<JoinHandle<io::Result<()>>>> {
-    let mut tasks = Vec::new();
-    for _ in 0..count {
-        let delays = Rc::clone(delays);
-        tasks.push(spawn_local(async move {
-            let stream = async |client: &mut Client| client.stream(Task::Stream).await;
-            let (mut client, mut events) = Client::served(port, stream).await?;
-            loop {
-                delays.take(&mut events.data)?;
-                match client.tcp.read(&mut client.input).await? {
-                    0 => return Err(broken("a stream was broken off")),
-                    read => {
-                        let input = &client.input[..read];
-                        events.chunks.feed(input, &mut events.data);
-                    }
-                }
-            }
-        }));
-    }
-    Ok(tasks)
-}
-
-/// Opens `count` streams, `at_once` at a time, each until its answer has begun.
-pub(crate) async fn hold(port: u16, count: usize, at_once: usize) -> io::Result<Vec<Client>> {
-    let tasks: Vec<JoinHandle<io::Result<Vec<Client>>>> = (0..at_once)
-        .map(|worker| {
-            let share = count / at_once + usize::from(worker < count % at_once);
-            spawn_local(async move {
-                let mut clients = Vec::new();
-                for _ in 0..share {
-                    let stream = async |client: &mut Client| client.stream(Task::Hold).await;
-                    let (mut client, _) = Client::served(port, stream).await?;
-                    client.input = Vec::new();
-                    clients.push(client);
-                }
-                Ok(clients)
-            })
-        })
-        .collect();
-    let mut clients = Vec::new();
-    for task in tasks {
-        clients.extend(task.await.map_err(io::Error::other)??);
-    }
-    Ok(clients)
-}
-
-/// One stream whose events are sent when asked for, `count` of them, each when the last has come.
-pub(crate) async fn steps(
-    client: &mut Client,
-    count: u32,
-    mut step: impl FnMut() -> io::Result<()>,
-) -> io::Result<()> {
-    let mut events = client.stream(Task::Step).await?;
-    // The upstream may have sent the head before the stream was ready for steps.
-    tokio::time::sleep(STEPS_PAUSE).await;
-    for _ in 0..count {
-        step()?;
-        while events.data.len() < EVENT_BYTES {
-            match client.tcp.read(&mut client.input).await? {
-                0 => return Err(broken("a stream was broken off")),
-                read => events.chunks.feed(&client.input[..read], &mut events.data),
-            };
-        }
-        events.data.clear();
-    }
-    Ok(())
 }

@@ -13,13 +13,17 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod config;
+mod goals;
 mod instructions;
 mod load;
 mod measure;
 mod peers;
+mod process;
 mod profile;
 mod report;
+mod responder;
 mod round;
+mod streams;
 mod upstream;
 mod wire;
 
@@ -60,7 +64,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     arguments.retain(|argument| argument != "--bench");
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["upstream", folder] => upstream::main(Path::new(folder)),
+        ["upstream", folder] => responder::main(Path::new(folder)),
         // Test runners start every target there is.
         [] if !by_cargo_bench => Ok(()),
         [] => benchmark(ROUNDS, TIME_LIMIT),

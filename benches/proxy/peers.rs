@@ -3,20 +3,18 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::config;
+use crate::process::{self, Guard, Running, START_POLL};
 use crate::upstream::Upstream;
 use crate::wire::KEY;
 
 /// How long a proxy may take to listen.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How often a starting proxy is asked whether it listens.
-const START_POLL: Duration = Duration::from_micros(200);
 
 /// A kind of proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +103,7 @@ fn behind_wrapper(codex: &Path, folder: &Path) -> Option<PathBuf> {
         .args(["responses-api-proxy", "--http-shutdown", "--server-info"])
         .arg(&info)
         .env("CODEX_HOME", folder);
-    let mut running = Guard(quiet(&mut command, folder).ok()?);
+    let mut running = Guard(process::quiet(&mut command, folder).ok()?);
     running.0.stdin.take()?.write_all(KEY.as_bytes()).ok()?;
     let start = Instant::now();
     let told: serde_json::Value = loop {
@@ -136,45 +134,6 @@ fn version(kind: Kind, binary: &Path) -> String {
         .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))
         .unwrap_or("unknown")
         .to_owned()
-}
-
-/// A process that ends when this is dropped.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A proxy under measurement.
-pub(crate) struct Running {
-    guard: Guard,
-    pub(crate) port: u16,
-    /// From its start, the key at hand, until it listened.
-    pub(crate) start_time: Duration,
-}
-
-impl Running {
-    pub(crate) fn pid(&self) -> u32 {
-        self.guard.0.id()
-    }
-
-    /// Waits until it ends.
-    pub(crate) fn wait(&mut self) -> std::io::Result<()> {
-        self.guard.0.wait().map(drop)
-    }
-}
-
-/// Starts `command` with the key on stdin, and all it says in a file of `folder`.
-fn quiet(command: &mut Command, folder: &Path) -> std::io::Result<Child> {
-    let log = File::create(folder.join("stderr.log"))?;
-    command
-        .stdin(Stdio::piped())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
 }
 
 impl Peer {
@@ -239,43 +198,9 @@ impl Peer {
         folder: &Path,
         upstream: &Upstream,
     ) -> Result<Running, Box<dyn Error>> {
-        let port = free_port()?;
+        let port = process::free_port()?;
         let mut command = self.command(folder, port, upstream)?;
-        start(&mut command, folder, port, START_TIMEOUT)
+        process::start(&mut command, folder, port, START_TIMEOUT)
             .map_err(|error| format!("{}: {error}", self.kind.name()).into())
     }
-}
-
-/// Starts a proxy with the key on its stdin, and waits until it listens on `port`.
-pub(crate) fn start(
-    command: &mut Command,
-    folder: &Path,
-    port: u16,
-    patience: Duration,
-) -> Result<Running, Box<dyn Error>> {
-    let begin = Instant::now();
-    let mut guard = Guard(quiet(command, folder)?);
-    if let Some(mut stdin) = guard.0.stdin.take() {
-        // nginx and HAProxy have it in their configuration, and may close stdin unread.
-        let _ = writeln!(stdin, "{KEY}");
-    }
-    while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        if begin.elapsed() > patience || guard.0.try_wait()?.is_some() {
-            let said = std::fs::read_to_string(folder.join("stderr.log")).unwrap_or_default();
-            return Err(format!("does not listen: {said}").into());
-        }
-        std::thread::sleep(START_POLL);
-    }
-    Ok(Running {
-        guard,
-        port,
-        start_time: begin.elapsed(),
-    })
-}
-
-/// A port that nobody has now.
-pub(crate) fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
-        .local_addr()?
-        .port())
 }

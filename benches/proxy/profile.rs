@@ -5,10 +5,11 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::load::{self, Delays};
+use crate::load;
 use crate::measure::{self, CpuTime, number, percentile};
 use crate::peers;
 use crate::round::{HELD_STREAMS, MEGABYTE, MICROSECOND, OPENED_AT_ONCE};
+use crate::streams::{self, Delays};
 use crate::upstream::Upstream;
 
 /// How long the proxy waits for its load once its process id is told.
@@ -43,7 +44,7 @@ pub(crate) fn main(
             "events" => {
                 let delays = Rc::new(Delays::default());
                 delays.recording.set(true);
-                let streams = load::follow(port, 64, &delays).await?;
+                let streams = streams::follow(port, 64, &delays).await?;
                 tokio::time::sleep(length).await;
                 streams.iter().for_each(tokio::task::JoinHandle::abort);
                 let mut delays = delays.delays.take();
@@ -54,7 +55,7 @@ pub(crate) fn main(
                 delays.len() as u64
             }
             "streams" => {
-                let held = load::hold(port, HELD_STREAMS, OPENED_AT_ONCE).await?;
+                let held = streams::hold(port, HELD_STREAMS, OPENED_AT_ONCE).await?;
                 tokio::time::sleep(length).await;
                 let memory = measure::memory(pid, measure::memory_is_exact(pid))?;
                 println!("{:.1} MB", number(memory) / MEGABYTE);

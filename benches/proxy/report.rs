@@ -8,75 +8,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::goals::{GOALS, Goal, MEASURES, label};
 use crate::measure::median;
 use crate::peers::{Kind, Peer};
 use crate::round::Figures;
-
-/// Something measured.
-pub(crate) struct Measure {
-    key: &'static str,
-    label: &'static str,
-    unit: &'static str,
-}
-
-const fn measure(key: &'static str, label: &'static str, unit: &'static str) -> Measure {
-    Measure { key, label, unit }
-}
-
-/// The table's rows.
-const MEASURES: [Measure; 15] = [
-    measure("cpu_request", "CPU per request, 16 connections", "µs"),
-    measure("cpu_request_one", "CPU per request, one connection", "µs"),
-    measure("cpu_event", "CPU per event of a stream", "µs"),
-    measure("delay_p50", "delay of an event, p50", "µs"),
-    measure("delay_p99", "delay of an event, p99", "µs"),
-    measure("latency_p50", "latency of a request, p50", "µs"),
-    measure("latency_p99", "latency of a request, p99", "µs"),
-    measure("requests_per_second", "requests, 16 connections", "1/s"),
-    measure("upload", "upload, 64 MiB body", "MB/s"),
-    measure("cpu_upload", "CPU per MB of upload", "µs"),
-    measure("first_byte", "upstream sees a slow body's first byte", "ms"),
-    measure("memory_idle", "memory, idle", "MB"),
-    measure("memory_streams", "memory, 1,000 streams open", "MB"),
-    measure("start", "from key to listening", "ms"),
-    measure("size", "binary size", "MB"),
-];
-
-/// What this proxy is to reach.
-struct Goal {
-    key: &'static str,
-    /// A ratio to this one, or an absolute figure.
-    to: Option<Kind>,
-    at_most: bool,
-    bound: f64,
-}
-
-const fn at_most(key: &'static str, to: Option<Kind>, bound: f64) -> Goal {
-    Goal {
-        key,
-        to,
-        at_most: true,
-        bound,
-    }
-}
-
-const GOALS: [Goal; 10] = [
-    at_most("cpu_request", Some(Kind::Nginx), 0.90),
-    at_most("cpu_event", Some(Kind::Nginx), 0.85),
-    at_most("delay_p50", Some(Kind::Nginx), 1.0),
-    at_most("delay_p99", Some(Kind::Nginx), 1.0),
-    at_most("memory_streams", Some(Kind::Nginx), 0.45),
-    at_most("memory_streams", None, 25.0),
-    Goal {
-        key: "upload",
-        to: Some(Kind::Nginx),
-        at_most: false,
-        bound: 1.0,
-    },
-    at_most("cpu_request", Some(Kind::Codex), 1.0 / 13.0),
-    at_most("delay_p50", Some(Kind::Codex), 1.0 / 100.0),
-    at_most("memory_streams", Some(Kind::Codex), 1.0 / 10.0),
-];
 
 /// What a run has found.
 pub(crate) struct Report<'a> {
@@ -267,11 +202,6 @@ impl<'a> Report<'a> {
             "failures": self.failures,
         })
     }
-}
-
-fn label(key: &str) -> &'static str {
-    let measure = MEASURES.iter().find(|measure| measure.key == key);
-    measure.map_or("", |measure| measure.label)
 }
 
 /// Three digits that count.

@@ -7,12 +7,14 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::load::{self, Client, Delays};
+use crate::load::{self, Client};
 use crate::measure::{self, CpuTime, number, percentile};
-use crate::peers::{Peer, Running};
+use crate::peers::Peer;
+use crate::process::Running;
+use crate::streams::{self, Delays};
 use crate::upstream::Upstream;
 
-/// What was measured, by the names in [`crate::report::MEASURES`].
+/// What was measured, by the names in [`crate::goals::MEASURES`].
 pub(crate) type Figures = BTreeMap<&'static str, f64>;
 
 /// How long a step may take that is not bounded by itself. Whoever takes longer hangs.
@@ -29,12 +31,12 @@ const ONE_BY_ONE_BOUND: Duration = Duration::from_millis(400);
 const CONNECTIONS: usize = 16;
 const AT_ONCE: Duration = Duration::from_millis(400);
 
-/// Streams that are followed; at [`crate::upstream::EVENT_INTERVAL`] they are 3,200 events a second.
+/// Streams that are followed; at [`crate::responder::EVENT_INTERVAL`] they are 3,200 events a second.
 const STREAMS: usize = 64;
 
 /// How long streams go on before they are measured, and for how long they are.
 const STREAMS_WARM_UP: Duration = Duration::from_millis(200);
-const STREAMS_MEASURED: Duration = Duration::from_millis(700);
+const STREAMS_MEASURED: Duration = Duration::from_millis(1_200);
 
 /// A large body, in bytes.
 const UPLOAD_BYTES: usize = 64 << 20;
@@ -107,7 +109,7 @@ pub(crate) fn alone(
     block_on(async {
         bounded(load::one_by_one(port, 1, STEP_TIMEOUT)).await?;
         let idle = megabytes()?;
-        let held = bounded(load::hold(port, HELD_STREAMS, OPENED_AT_ONCE)).await?;
+        let held = bounded(streams::hold(port, HELD_STREAMS, OPENED_AT_ONCE)).await?;
         let streams = megabytes()?;
         drop(held);
         Ok(Figures::from([
@@ -186,7 +188,7 @@ async fn slow_bodies(port: u16) -> std::io::Result<Vec<u64>> {
 
 async fn events(port: u16, pid: u32, figures: &mut Figures) -> Result<(), Box<dyn Error>> {
     let delays = Rc::new(Delays::default());
-    let streams = bounded(load::follow(port, STREAMS, &delays)).await?;
+    let streams = bounded(streams::follow(port, STREAMS, &delays)).await?;
     tokio::time::sleep(STREAMS_WARM_UP).await;
     let before = CpuTime::of(pid)?;
     delays.recording.set(true);
