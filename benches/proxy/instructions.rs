@@ -17,9 +17,10 @@ use crate::streams;
 use crate::upstream::Upstream;
 use crate::wire::{self, Task};
 
-/// A run does so many, and a second one twice as many: what is more is theirs, and neither the
-/// start's nor the connection's.
+/// So many are counted, after some that are not: neither the start's instructions nor the connection's
+/// are a request's.
 const COUNT: u32 = 1_000;
+const WARM_UP: u32 = 20;
 
 /// How long the proxy may take to listen; valgrind makes it some fifty times slower.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -36,15 +37,15 @@ enum Unit {
 
 /// Prints instructions per request and per event, or that there is no valgrind.
 pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
-    if Command::new("valgrind").arg("--version").output().is_err() {
-        println!("instructions: skipped, there is no valgrind on PATH");
-        return Ok(());
+    for tool in ["valgrind", "callgrind_control"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            println!("instructions: skipped, there is no {tool} on PATH");
+            return Ok(());
+        }
     }
     for (unit, name) in [(Unit::Request, "request"), (Unit::Event, "event")] {
         let file = folder.join(format!("callgrind-{name}.out"));
-        let once = count(folder, unit, COUNT, &file)?;
-        let twice = count(folder, unit, 2 * COUNT, &file)?;
-        let each = number(twice.saturating_sub(once)) / f64::from(COUNT);
+        let each = number(count(folder, unit, &file)?) / f64::from(COUNT);
         println!(
             "instructions per {name}: {each:.0} (callgrind_annotate {})",
             file.display()
@@ -53,13 +54,13 @@ pub(crate) fn main(folder: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The instructions of a whole run of the proxy; `file` tells where they went.
-fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<dyn Error>> {
+/// The instructions of [`COUNT`] units; `file` tells where they went.
+fn count(folder: &Path, unit: Unit, file: &Path) -> Result<u64, Box<dyn Error>> {
     let mut upstream = Upstream::start(folder)?;
     let port = process::free_port()?;
     let mut command = Command::new("valgrind");
     command
-        .args(["--tool=callgrind", "--error-exitcode=0"])
+        .args(["--tool=callgrind", "--instr-atstart=no"])
         .arg(format!("--callgrind-out-file={}", file.display()))
         .arg(peers::ours())
         .args(config::arguments(port, &upstream))
@@ -67,6 +68,7 @@ fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<
         .arg(&upstream.ca)
         .arg("--http-shutdown");
     let mut running = process::start(&mut command, folder, port, START_TIMEOUT)?;
+    let pid = running.pid();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -75,13 +77,26 @@ fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<
         match unit {
             Unit::Request => {
                 let request = wire::small_request(port, Task::Answer);
-                for _ in 0..times {
+                for number in 0..WARM_UP + COUNT {
+                    if number == WARM_UP {
+                        counting(pid, "on")?;
+                    }
                     client.exchange(&request).await?;
                 }
             }
-            Unit::Event => streams::steps(&mut client, times, || upstream.step()).await?,
+            Unit::Event => {
+                let mut number = 0;
+                let step = || {
+                    number += 1;
+                    if number == WARM_UP + 1 {
+                        counting(pid, "on")?;
+                    }
+                    upstream.step()
+                };
+                streams::steps(&mut client, WARM_UP + COUNT, step).await?;
+            }
         }
-        std::io::Result::Ok(())
+        counting(pid, "off")
     };
     runtime.block_on(async { tokio::time::timeout(RUN_TIMEOUT, load).await })??;
     TcpStream::connect((Ipv4Addr::LOCALHOST, port))?
@@ -94,4 +109,16 @@ fn count(folder: &Path, unit: Unit, times: u32, file: &Path) -> Result<u64, Box<
         .find_map(|line| line.split_once("Collected :"))
         .ok_or("valgrind told no count")?;
     Ok(collected.1.trim().parse()?)
+}
+
+/// Turns the counting of the process `pid` on or off.
+fn counting(pid: u32, state: &str) -> std::io::Result<()> {
+    let mut control = Command::new("callgrind_control");
+    let output = control.args(["-i", state, &pid.to_string()]).output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(std::io::Error::other(
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )),
+    }
 }

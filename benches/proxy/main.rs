@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | none | measures, prints a table, and writes `target/tmp/bench/proxy.json` |
 //! | `rounds N` | the same with N rounds and no bound on time |
+//! | `picture FILE` | draws the last run as SVG |
 //! | `instructions` | instructions per request and per event, where valgrind is installed |
 //! | `profile PEER requests\|one\|events\|streams SECONDS` | keeps one proxy busy for a profiler |
 //!
@@ -18,6 +19,7 @@ mod instructions;
 mod load;
 mod measure;
 mod peers;
+mod picture;
 mod process;
 mod profile;
 mod report;
@@ -69,6 +71,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         [] if !by_cargo_bench => Ok(()),
         [] => benchmark(ROUNDS, TIME_LIMIT),
         ["rounds", count] => benchmark(count.parse()?, Duration::MAX),
+        ["picture", svg] => picture::main(&place_of_files().join("proxy.json"), Path::new(svg)),
         ["instructions"] => instructions::main(&folder()?),
         ["profile", peer, kind, seconds] => profile::main(
             &folder()?,
@@ -80,9 +83,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
 }
 
+/// Where a run leaves its files.
+fn place_of_files() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench")
+}
+
 /// A folder for this run's files, empty.
 fn folder() -> std::io::Result<PathBuf> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
+    let folder = place_of_files();
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder)?;
     Ok(folder)

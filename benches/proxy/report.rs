@@ -205,7 +205,7 @@ impl<'a> Report<'a> {
 }
 
 /// Three digits that count.
-fn rounded(value: f64) -> String {
+pub(crate) fn rounded(value: f64) -> String {
     if value.is_nan() {
         return "–".to_owned();
     }
