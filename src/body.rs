@@ -18,7 +18,7 @@ use crate::upstream::Upstream;
 pub enum Progress {
     /// There is more to come, or nobody asked yet.
     Underway,
-    /// All of it has been handed to the upstream connection.
+    /// All of it has come and been taken.
     Complete,
     /// The client broke it off or sent something that is no body.
     Failed,
