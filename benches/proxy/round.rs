@@ -29,7 +29,7 @@ const ONE_BY_ONE_BOUND: Duration = Duration::from_millis(400);
 
 /// Connections at once, and for how long.
 const CONNECTIONS: usize = 16;
-const AT_ONCE: Duration = Duration::from_millis(400);
+const AT_ONCE: Duration = Duration::from_millis(800);
 
 /// Streams that are followed; at [`crate::responder::EVENT_INTERVAL`] they are 3,200 events a second.
 const STREAMS: usize = 64;
