@@ -36,7 +36,7 @@ const STREAMS: usize = 64;
 
 /// How long streams go on before they are measured, and for how long they are.
 const STREAMS_WARM_UP: Duration = Duration::from_millis(200);
-const STREAMS_MEASURED: Duration = Duration::from_millis(1_200);
+const STREAMS_MEASURED: Duration = Duration::from_millis(700);
 
 /// A large body, in bytes.
 const UPLOAD_BYTES: usize = 64 << 20;
