@@ -217,6 +217,7 @@ fn what_comes_behind_an_answer_is_nobodys() {
         ("no content", "HTTP/1.1 204 No Content\r\n\r\n", ""),
         ("not modified", "HTTP/1.1 304 Not Modified\r\n\r\n", ""),
     ];
+    const WHEN: [&str; 3] = ["at once", "in pieces", "later"];
     let (go_on, held) = mpsc::channel::<()>();
     let held = Mutex::new(held);
     let (report, reports) = mpsc::channel();
@@ -226,9 +227,14 @@ fn what_comes_behind_an_answer_is_nobodys() {
             return ok(exchange);
         };
         let (_, answer, _) = ANSWERS[number];
-        match exchange.head.get("x-later") {
-            None => exchange.send(format!("{answer}{POISON}")),
-            Some(_) => {
+        match exchange.head.get("x-when") {
+            Some("at once") => exchange.send(format!("{answer}{POISON}")),
+            Some("in pieces") => {
+                let (front, end) = answer.split_at(answer.len() - 1);
+                exchange.send(front)?;
+                exchange.send(format!("{end}{POISON}"))
+            }
+            _ => {
                 exchange.send(answer)?;
                 held.lock().unwrap().recv_timeout(PATIENCE).unwrap();
                 let sent = exchange.send(POISON);
@@ -240,8 +246,9 @@ fn what_comes_behind_an_answer_is_nobodys() {
     let proxy = Launch::to(&upstream).start();
     let mut client = Client::connect(proxy.port);
     for (number, (name, _, body)) in ANSWERS.into_iter().enumerate() {
-        for (when, header) in [("at once", ""), ("later", "X-Later: 1\r\n")] {
-            client.post(header, number.to_string().as_bytes()).unwrap();
+        for when in WHEN {
+            let header = format!("X-When: {when}\r\n");
+            client.post(&header, number.to_string().as_bytes()).unwrap();
             let response = client.response();
             let response = response.unwrap_or_else(|error| panic!("{name}, {when}: {error}"));
             assert_eq!(response.body, body.as_bytes(), "{name}, {when}");
@@ -252,6 +259,12 @@ fn what_comes_behind_an_answer_is_nobodys() {
             assert_served(&format!("{name}, {when}"), &proxy, Some(&mut client));
         }
     }
+    let poisoned = ANSWERS.len() * WHEN.len();
+    assert_eq!(
+        upstream.connections(),
+        poisoned + 1,
+        "none of them is used again"
+    );
 }
 
 #[test]

@@ -110,7 +110,10 @@ fn an_upload_in_flight_is_finished_and_answered() {
     proxy.signal(libc::SIGTERM);
     wait_until_refused(proxy.port);
     client.send("-last").unwrap();
-    assert_eq!(client.response().unwrap().status(), 200);
+    let response = client.response().unwrap();
+    assert_eq!(response.status(), 200);
+    let connection = response.head.get("connection");
+    assert_eq!(connection, Some("close"), "there is no next request");
     assert_eq!(proxy.wait().status.code(), Some(0));
     assert_eq!(upstream.only().body, b"first-last");
 }
