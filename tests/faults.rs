@@ -232,6 +232,7 @@ fn what_comes_behind_an_answer_is_nobodys() {
             Some("in pieces") => {
                 let (front, end) = answer.split_at(answer.len() - 1);
                 exchange.send(front)?;
+                held.lock().unwrap().recv_timeout(PATIENCE).unwrap();
                 exchange.send(format!("{end}{POISON}"))
             }
             _ => {
@@ -249,9 +250,20 @@ fn what_comes_behind_an_answer_is_nobodys() {
         for when in WHEN {
             let header = format!("X-When: {when}\r\n");
             client.post(&header, number.to_string().as_bytes()).unwrap();
-            let response = client.response();
-            let response = response.unwrap_or_else(|error| panic!("{name}, {when}: {error}"));
-            assert_eq!(response.body, body.as_bytes(), "{name}, {when}");
+            let mut come = Vec::new();
+            if when == "in pieces" {
+                if !body.is_empty() {
+                    client.head().unwrap();
+                    come = client.piece().unwrap().unwrap();
+                }
+                go_on.send(()).unwrap();
+            }
+            if come.is_empty() {
+                client.head().unwrap();
+            }
+            let rest = client.rest();
+            come.extend(rest.unwrap_or_else(|error| panic!("{name}, {when}: {error}")));
+            assert_eq!(come, body.as_bytes(), "{name}, {when}");
             if when == "later" {
                 go_on.send(()).unwrap();
                 reports.recv_timeout(PATIENCE).unwrap();
