@@ -103,7 +103,9 @@ impl Connection {
             let Some(response) = self.while_here(answer).await else {
                 return End::Close;
             };
-            manner.closes |= findings.must_close() || stop.has_begun();
+            // Where a request that is answered ends is not followed, so the next can't be found.
+            let is_whole = self.request.as_ref().is_some_and(is_complete);
+            manner.closes |= !is_whole || findings.must_close() || stop.has_begun();
             let mut writer = Writer::new(response, manner);
             let ends_by_close = writer.ends_by_close();
             let socket = Rc::clone(&self.socket);
@@ -119,7 +121,7 @@ impl Connection {
                     return End::Close;
                 }
             }
-            if manner.closes || self.may_be_sending() {
+            if manner.closes {
                 return End::Close;
             }
         }

@@ -78,6 +78,26 @@ fn head_is_refused_without_a_body() {
 }
 
 #[test]
+fn a_large_refused_request_ends_its_connection_and_nobody_waits() {
+    let upstream = Upstream::start(ok);
+    let proxy = Launch::to(&upstream).start();
+    for size in [10_000, 100_000, 1_000_000] {
+        for _ in 0..20 {
+            let mut client = Client::connect(proxy.port);
+            let head = client.post_head(&format!("Origin: null\r\nContent-Length: {size}\r\n"));
+            client.send(head + &"x".repeat(size)).unwrap();
+            let response = client.response().unwrap();
+            assert_eq!(response.status(), 403, "{size}");
+            if response.head.get("connection") == Some("close") {
+                assert_eq!(client.until_closed().unwrap(), b"", "{size}");
+            } else {
+                assert_eq!(client.ask().unwrap().status(), 200, "{size}: the next");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_refused_request_is_not_asked_for_its_body() {
     let upstream = Upstream::start(ok);
     let proxy = Launch::to(&upstream).start();
