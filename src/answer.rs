@@ -11,7 +11,7 @@ use hyper::ext::ReasonPhrase;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 
-use crate::headers::{is_hop_by_hop, named_by_connection};
+use crate::headers::{closes, is_hop_by_hop, named_by_connection};
 use crate::{MAX_HEAD_BYTES, MAX_HEADERS};
 
 /// The longest line that carries no data, a chunk's size with its extensions or a trailer field, in
@@ -118,9 +118,7 @@ impl<'a> Facts<'a> {
                 facts.codings += 1;
                 facts.is_chunked = field.value.eq_ignore_ascii_case(b"chunked");
             } else if name.eq_ignore_ascii_case("connection") {
-                let mut options = field.value.split(|&byte| byte == b',');
-                facts.closes |=
-                    options.any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"));
+                facts.closes |= closes(field.value);
                 facts.disowned.extend(named_by_connection(field.value));
             }
         }
@@ -131,10 +129,7 @@ impl<'a> Facts<'a> {
     /// is a coding other than chunked: its header ends here, and the body would be another one.
     fn body(&self, status: StatusCode, is_http_1_0: bool) -> Result<Decoder, Malformed> {
         let state = match (self.codings, self.lengths) {
-            _ if status.is_informational() => State::Sized(0),
-            _ if matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) => {
-                State::Sized(0)
-            }
+            _ if has_no_body(status) => State::Sized(0),
             (0, 0) => State::UntilEnd,
             (0, 1) => State::Sized(
                 decimal(self.length)
@@ -149,6 +144,12 @@ impl<'a> Facts<'a> {
         };
         Ok(Decoder { state, overhead: 0 })
     }
+}
+
+/// Whether messages of this status never have a body, whatever their headers say.
+#[must_use]
+pub fn has_no_body(status: StatusCode) -> bool {
+    status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
 
 /// A number in decimal digits and nothing else; `str::parse` would take a sign.

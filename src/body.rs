@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use hyper::body::{Body, Bytes, Incoming};
 
+use crate::batch::Source;
 use crate::dump::Tap;
 use crate::link::{ExchangeError, Link};
 use crate::log::Record;
@@ -72,15 +73,28 @@ impl RequestBody {
     pub fn new(client: Incoming, state: Rc<RequestState>, tap: Option<Tap>) -> Self {
         Self { client, state, tap }
     }
+
+    /// Takes what has come, as if it had been sent: if that is all, the client can go on to its next
+    /// request.
+    pub async fn discard(mut self) {
+        poll_fn(|cx| {
+            while let Poll::Ready(Some(Ok(_))) = self.poll_data(cx) {}
+            Poll::Ready(())
+        })
+        .await;
+    }
+
+    /// How many bytes are still to come, if that is known.
+    #[must_use]
+    pub fn length(&self) -> Option<u64> {
+        self.client.size_hint().exact()
+    }
 }
 
-impl RequestBody {
-    /// Gives the next piece of data, which may be empty.
-    ///
-    /// # Errors
-    ///
-    /// The client broke the body off, or sent something that is no body.
-    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Bytes>>> {
+impl Source for RequestBody {
+    type Error = hyper::Error;
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Bytes>>> {
         let Some(frame) = ready!(Pin::new(&mut self.client).poll_frame(cx)) else {
             self.state.progress.set(Progress::Complete);
             return Poll::Ready(None);
@@ -104,26 +118,8 @@ impl RequestBody {
         Poll::Ready(Some(Ok(data)))
     }
 
-    /// Takes what has come, as if it had been sent: if that is all, the client can go on to its next
-    /// request.
-    pub async fn discard(mut self) {
-        poll_fn(|cx| {
-            while let Poll::Ready(Some(Ok(_))) = self.poll_data(cx) {}
-            Poll::Ready(())
-        })
-        .await;
-    }
-
-    /// Whether there is no more. A body in chunks may be over without this being known.
-    #[must_use]
-    pub fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.client.is_end_stream()
-    }
-
-    /// How many bytes are still to come, if that is known.
-    #[must_use]
-    pub fn length(&self) -> Option<u64> {
-        self.client.size_hint().exact()
     }
 }
 
@@ -136,40 +132,15 @@ pub enum ResponseBody {
 }
 
 impl ResponseBody {
-    /// Gives the next piece of data, as soon as there is any.
-    ///
-    /// # Errors
-    ///
-    /// The upstream broke its answer off.
-    pub fn poll_data(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Bytes, ExchangeError>>> {
-        match self {
-            Self::Own(words) if words.is_empty() => Poll::Ready(None),
-            Self::Own(words) => Poll::Ready(Some(Ok(std::mem::take(words)))),
-            Self::Relayed(relay) => relay.poll_data(cx),
-        }
-    }
-
     /// Sends on what there is of a request that was answered before it was whole.
     ///
     /// # Errors
     ///
-    /// As [`ResponseBody::poll_data`].
+    /// The upstream broke its answer off, or the client its request.
     pub fn send_on(&mut self, cx: &mut Context<'_>) -> Result<(), ExchangeError> {
         match self {
             Self::Own(_) => Ok(()),
             Self::Relayed(relay) => relay.send_on(cx),
-        }
-    }
-
-    /// Whether there is no more.
-    #[must_use]
-    pub fn is_over(&self) -> bool {
-        match self {
-            Self::Own(words) => words.is_empty(),
-            Self::Relayed(relay) => relay.link.is_none(),
         }
     }
 
@@ -182,6 +153,25 @@ impl ResponseBody {
                 None => Some(0),
                 Some(link) => link.remaining(),
             },
+        }
+    }
+}
+
+impl Source for ResponseBody {
+    type Error = ExchangeError;
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, ExchangeError>>> {
+        match self {
+            Self::Own(words) if words.is_empty() => Poll::Ready(None),
+            Self::Own(words) => Poll::Ready(Some(Ok(std::mem::take(words)))),
+            Self::Relayed(relay) => relay.poll_data(cx),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        match self {
+            Self::Own(words) => words.is_empty(),
+            Self::Relayed(relay) => relay.link.is_none(),
         }
     }
 }

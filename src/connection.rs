@@ -113,10 +113,9 @@ impl Connection {
             match self.while_here(writing).await {
                 Some(Ok(())) => {}
                 // The connection may still be good; it is its end that tells.
-                None | Some(Err(WriteError::Upstream(_))) if ends_by_close => return End::Reset,
-                None => return End::Close,
-                Some(Err(WriteError::Upstream(_))) => return End::Close,
-                Some(Err(WriteError::Client(_))) => {
+                None | Some(Err(WriteError::Upstream)) if ends_by_close => return End::Reset,
+                None | Some(Err(WriteError::Upstream)) => return End::Close,
+                Some(Err(WriteError::Client)) => {
                     self.socket.borrow_mut().has_ended = true;
                     return End::Close;
                 }
@@ -179,12 +178,12 @@ impl Connection {
         let mut future = pin!(future);
         poll_fn(|cx| {
             self.read_on(cx);
-            if let Poll::Ready(output) = future.as_mut().poll(cx) {
-                self.read_on(cx);
-                return Poll::Ready(Some(output));
-            }
+            let outcome = future.as_mut().poll(cx);
             self.read_on(cx);
-            self.poll_left(cx).map(|()| None)
+            match outcome {
+                Poll::Ready(output) => Poll::Ready(Some(output)),
+                Poll::Pending => self.poll_left(cx).map(|()| None),
+            }
         })
         .await
     }

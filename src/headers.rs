@@ -2,6 +2,9 @@
 
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 
+/// How much memory a head is given at first, in bytes: most are smaller.
+pub const USUAL_HEAD_BYTES: usize = 1 << 10;
+
 /// Whether a header is about one connection and not about the message (RFC 9110, sections 7.6.1, 11.7
 /// and 6.6.2): those that a proxy must not pass on, whether `Connection` names them or not. `name` is
 /// in lower case.
@@ -53,14 +56,23 @@ pub fn write(name: &str, value: &[u8], head: &mut Vec<u8>) {
     }
 }
 
+/// What a `Connection` header lists (RFC 9110, section 7.6.1).
+fn connection_options(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii)
+}
+
+/// Whether a `Connection` header says that there is no next message.
+#[must_use]
+pub fn closes(value: &[u8]) -> bool {
+    connection_options(value).any(|option| option.eq_ignore_ascii_case(b"close"))
+}
+
 /// The headers that a `Connection` header says are about the connection.
 ///
 /// `Content-Length` can't be disowned in this way: without it the message would be another one
 /// (RFC 9110, section 7.6.1, speaks of fields "intended solely for the immediate recipient").
 pub fn named_by_connection(value: &[u8]) -> impl Iterator<Item = HeaderName> {
-    value
-        .split(|&byte| byte == b',')
-        .map(<[u8]>::trim_ascii)
+    connection_options(value)
         // What most of them say, and a header that doesn't pass in any case.
         .filter(|name| !name.eq_ignore_ascii_case(b"keep-alive"))
         .filter_map(|name| HeaderName::from_bytes(name).ok())

@@ -197,26 +197,16 @@ impl Link {
         }
         let stream = &mut self.stream;
         let outcome = loop {
-            outgoing.poll_fill(cx).map_err(ExchangeError::Request)?;
-            let (slices, count) = outgoing.slices();
-            if count == 0 {
-                if !self.needs_flush {
-                    break Ok(outgoing.body_is_over());
-                }
-                match Pin::new(&mut *stream).poll_flush(cx) {
+            let written = outgoing.poll_write(cx, stream);
+            match written.map_err(ExchangeError::Request)? {
+                Poll::Pending => break Ok(false),
+                Poll::Ready(Ok(true)) => self.needs_flush = true,
+                Poll::Ready(Ok(false)) if !self.needs_flush => break Ok(outgoing.body_is_over()),
+                Poll::Ready(Ok(false)) => match Pin::new(&mut *stream).poll_flush(cx) {
                     Poll::Pending => break Ok(false),
                     Poll::Ready(Ok(())) => self.needs_flush = false,
                     Poll::Ready(Err(error)) => break Err(error),
-                }
-                continue;
-            }
-            match Pin::new(&mut *stream).poll_write_vectored(cx, &slices[..count]) {
-                Poll::Pending => break Ok(false),
-                Poll::Ready(Ok(0)) => break Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(Ok(count)) => {
-                    self.needs_flush = true;
-                    outgoing.advance(count);
-                }
+                },
                 Poll::Ready(Err(error)) => break Err(error),
             }
         };

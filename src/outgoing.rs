@@ -3,20 +3,17 @@
 //! The credential is never copied. What is written is a list of slices, one of which is the
 //! credential's page; TLS copies from there into the record that it encrypts in place.
 
-use std::io::IoSlice;
+use std::io;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use hyper::body::Bytes;
 use hyper::header::{HeaderMap, HeaderValue};
+use tokio::io::AsyncWrite;
 
-use crate::batch::{Batch, SLICES};
+use crate::batch::Batch;
 use crate::body::RequestBody;
 use crate::credential::Credential;
 use crate::headers;
-
-/// How much memory a head is given at first, in bytes: most are smaller.
-const USUAL_HEAD_BYTES: usize = 1 << 10;
 
 /// What the heads of all requests have in common.
 pub struct Opening {
@@ -49,9 +46,6 @@ impl Opening {
 pub struct Outgoing {
     batch: Batch,
     body: RequestBody,
-    is_chunked: bool,
-    /// All of the body is in the batch or written.
-    body_is_over: bool,
 }
 
 impl Outgoing {
@@ -60,7 +54,7 @@ impl Outgoing {
     #[must_use]
     pub fn new(opening: Rc<Opening>, client: &HeaderMap, body: RequestBody) -> Self {
         let is_chunked = body.length().is_none();
-        let mut head = Vec::with_capacity(USUAL_HEAD_BYTES);
+        let mut head = Vec::with_capacity(headers::USUAL_HEAD_BYTES);
         head.extend_from_slice(b"\r\n");
         headers::write_for_upstream(client, &opening.host, &mut head);
         if is_chunked {
@@ -68,36 +62,23 @@ impl Outgoing {
         }
         head.extend_from_slice(b"\r\n");
         Self {
-            batch: Batch::new(Some(opening), head),
-            is_chunked,
-            body_is_over: body.length() == Some(0),
+            batch: Batch::new(Some(opening), head, is_chunked, body.length() == Some(0)),
             body,
         }
     }
 
-    /// Takes the next piece of the body, if the last has been written and the client has sent one.
+    /// Writes some of what there is, and false if that is nothing: the client has sent no more.
     ///
     /// # Errors
     ///
-    /// The client broke its body off, or sent something that is no body.
-    pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Result<(), hyper::Error> {
-        while !self.body_is_over && self.batch.takes_piece() {
-            let piece = match self.body.poll_data(cx) {
-                Poll::Pending => break,
-                Poll::Ready(Some(piece)) => piece?,
-                Poll::Ready(None) => {
-                    self.body_is_over = true;
-                    Bytes::new()
-                }
-            };
-            self.body_is_over |= self.body.is_over();
-            if self.is_chunked {
-                self.batch.add_chunk(piece, self.body_is_over);
-            } else {
-                self.batch.add(piece);
-            }
-        }
-        Ok(())
+    /// The client broke its body off or sent something that is no body, or `io` failed.
+    pub fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        io: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<Poll<io::Result<bool>>, hyper::Error> {
+        self.batch.fill(cx, &mut self.body)?;
+        Ok(self.batch.poll_write(cx, io))
     }
 
     /// Lets the client go on to its next request, if this one has come whole.
@@ -105,20 +86,9 @@ impl Outgoing {
         self.body.discard().await;
     }
 
-    /// What is to be written, in one vectored write: so many of these slices.
-    #[must_use]
-    pub fn slices(&self) -> ([IoSlice<'_>; SLICES], usize) {
-        self.batch.slices()
-    }
-
-    /// So many bytes of [`Outgoing::slices`] have been written.
-    pub fn advance(&mut self, count: usize) {
-        self.batch.advance(count);
-    }
-
     /// Whether the whole body has been taken.
     #[must_use]
     pub fn body_is_over(&self) -> bool {
-        self.body_is_over
+        self.batch.body_is_over()
     }
 }

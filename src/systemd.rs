@@ -5,6 +5,7 @@ use std::os::fd::{FromRawFd, RawFd};
 
 use sd_notify::NotifyState;
 
+use crate::hardening::checked;
 use crate::log;
 
 /// Tells systemd, where it wants to know (sd_notify(3)). Without it, the unit will time out, and the
@@ -35,11 +36,7 @@ pub fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
                 &mut size,
             )
         };
-        if returned == 0 {
-            Ok(value)
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        checked(returned).map(|()| value)
     };
     if option(libc::SO_TYPE)? != libc::SOCK_STREAM || option(libc::SO_ACCEPTCONN)? == 0 {
         return Err(io::Error::other("it is no listening stream socket"));

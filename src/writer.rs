@@ -1,23 +1,17 @@
 //! Writes one response to a client (RFC 9112).
 
-use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper::ext::ReasonPhrase;
 use hyper::header::{CONNECTION, CONTENT_LENGTH};
-use hyper::{Method, Request, Response, StatusCode, Version};
-use tokio::io::AsyncWrite;
+use hyper::{Method, Request, Response, Version};
 use tokio::net::TcpStream;
 
-use crate::batch::Batch;
+use crate::answer::has_no_body;
+use crate::batch::{Batch, Source};
 use crate::body::ResponseBody;
 use crate::headers;
-use crate::link::ExchangeError;
-
-/// How much memory a head is given at first, in bytes: most are smaller.
-const USUAL_HEAD_BYTES: usize = 1 << 10;
 
 /// What a request says about its response and what comes after.
 #[derive(Clone, Copy)]
@@ -35,16 +29,11 @@ impl Manner {
     #[must_use]
     pub fn of(request: &Request<Incoming>) -> Self {
         let is_http_1_0 = request.version() == Version::HTTP_10;
-        let mut options = request
-            .headers()
-            .get_all(CONNECTION)
-            .iter()
-            .flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+        let mut connection = request.headers().get_all(CONNECTION).iter();
         Self {
             is_http_1_0,
             is_head: request.method() == Method::HEAD,
-            closes: is_http_1_0
-                || options.any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close")),
+            closes: is_http_1_0 || connection.any(|value| headers::closes(value.as_bytes())),
         }
     }
 }
@@ -66,9 +55,9 @@ enum Framing {
 #[derive(Debug)]
 pub enum WriteError {
     /// The client takes no more.
-    Client(io::Error),
-    /// The upstream broke its answer off.
-    Upstream(ExchangeError),
+    Client,
+    /// The upstream broke its answer off; the log says how.
+    Upstream,
 }
 
 /// A response of which something is still to be written.
@@ -76,8 +65,6 @@ pub struct Writer {
     batch: Batch,
     body: ResponseBody,
     framing: Framing,
-    /// All of the body is in the batch or written.
-    body_is_over: bool,
 }
 
 impl Writer {
@@ -85,10 +72,7 @@ impl Writer {
     #[must_use]
     pub fn new(response: Response<ResponseBody>, manner: Manner) -> Self {
         let (head, body) = response.into_parts();
-        let has_no_body = matches!(
-            head.status,
-            StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
-        );
+        let has_no_body = has_no_body(head.status);
         let framing = match body.length() {
             _ if has_no_body || manner.is_head => Framing::Empty,
             Some(_) => Framing::Length,
@@ -108,7 +92,7 @@ impl Writer {
                 .unwrap_or_default()
                 .as_bytes(),
         };
-        let mut text = Vec::with_capacity(USUAL_HEAD_BYTES);
+        let mut text = Vec::with_capacity(headers::USUAL_HEAD_BYTES);
         for part in [version, " ", head.status.as_str(), " "] {
             text.extend_from_slice(part.as_bytes());
         }
@@ -132,8 +116,12 @@ impl Writer {
         }
         text.extend_from_slice(b"\r\n");
         Self {
-            batch: Batch::new(None, text),
-            body_is_over: framing == Framing::Empty || body.is_over(),
+            batch: Batch::new(
+                None,
+                text,
+                framing == Framing::Chunked,
+                framing == Framing::Empty || body.is_over(),
+            ),
             body,
             framing,
         }
@@ -156,47 +144,20 @@ impl Writer {
         tcp: &mut TcpStream,
     ) -> Poll<Result<(), WriteError>> {
         loop {
-            self.fill(cx)?;
-            let (slices, count) = self.batch.slices();
-            if count == 0 {
-                return match self.body_is_over {
-                    true => Poll::Ready(Ok(())),
-                    false => Poll::Pending,
-                };
-            }
-            match Pin::new(&mut *tcp).poll_write_vectored(cx, &slices[..count]) {
-                Poll::Ready(Ok(0)) => {
-                    let error = io::ErrorKind::WriteZero.into();
-                    return Poll::Ready(Err(WriteError::Client(error)));
-                }
-                Poll::Ready(Ok(written)) => self.batch.advance(written),
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(WriteError::Client(error))),
+            self.batch
+                .fill(cx, &mut self.body)
+                .map_err(|_| WriteError::Upstream)?;
+            match self.batch.poll_write(cx, tcp) {
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Ok(false)) if self.batch.body_is_over() => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok(false)) => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(WriteError::Client)),
                 Poll::Pending => {
                     // A client that reads nothing may be busy sending.
-                    self.body.send_on(cx).map_err(WriteError::Upstream)?;
+                    self.body.send_on(cx).map_err(|_| WriteError::Upstream)?;
                     return Poll::Pending;
                 }
             }
         }
-    }
-
-    /// Takes the next piece of the body, if the last has been written and there is one.
-    fn fill(&mut self, cx: &mut Context<'_>) -> Result<(), WriteError> {
-        while !self.body_is_over && self.batch.takes_piece() {
-            let piece = match self.body.poll_data(cx) {
-                Poll::Pending => break,
-                Poll::Ready(Some(piece)) => piece.map_err(WriteError::Upstream)?,
-                Poll::Ready(None) => {
-                    self.body_is_over = true;
-                    Bytes::new()
-                }
-            };
-            self.body_is_over |= self.body.is_over();
-            match self.framing {
-                Framing::Chunked => self.batch.add_chunk(piece, self.body_is_over),
-                _ => self.batch.add(piece),
-            }
-        }
-        Ok(())
     }
 }
