@@ -1,47 +1,28 @@
 //! Lets unprivileged users run Codex without holding the OpenAI API key.
 //!
 //! The program reads the key from stdin, listens on loopback, and forwards `POST /v1/responses` with
-//! the key added. Data flows one way through the modules:
+//! the key added. Its rooms; data goes down, and comes back as an answer's body:
 //!
-//! | step | modules |
+//! | room | holds |
 //! | --- | --- |
-//! | start | [`hardening`], [`cli`], [`target`], [`credential`] |
-//! | a client comes in | [`listener`], [`systemd`], [`peer`], [`connection`], [`socket`], [`framing`], [`reader`] |
-//! | its request is decided on | [`filter`], [`refusal`] |
-//! | and goes up | [`exchange`], [`outgoing`], [`batch`], [`headers`], [`upstream`], [`connector`], [`link`] |
-//! | the answer comes back | [`answer`], [`body`], [`writer`], [`log`], [`dump`] |
+//! | [`client`] | what comes in: the listening socket, connections, who is at their other end |
+//! | [`exchange`] | one request: may it pass, its headers, its answer's body, its dump and line in the log |
+//! | [`upstream`] | what goes out: the target, connecting, adding the credential, links that are kept |
+//! | [`key`] | the credential: read once, in a page of its own |
+//!
+//! Beside them is what every program needs: [`cli`], [`hardening`], [`limits`], [`log`], [`server_info`],
+//! [`stop`].
 
-pub mod allow_list;
-pub mod answer;
-pub mod batch;
-pub mod body;
 pub mod cli;
-pub mod connection;
-pub mod connector;
-pub mod credential;
-pub mod dump;
+pub mod client;
 pub mod exchange;
-pub mod filter;
-pub mod framing;
 pub mod hardening;
-pub mod headers;
-pub mod link;
-pub mod listener;
+pub mod key;
+pub mod limits;
 pub mod log;
-pub mod outgoing;
-pub mod peer;
-pub mod reader;
-pub mod refusal;
 pub mod server_info;
-#[cfg(target_os = "linux")]
-pub mod sock_diag;
-pub mod socket;
 pub mod stop;
-pub mod systemd;
-pub mod target;
-mod terminal;
 pub mod upstream;
-pub mod writer;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -52,27 +33,22 @@ use sd_notify::NotifyState;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::allow_list::AllowList;
 use crate::cli::Arguments;
-use crate::connector::Connector;
-use crate::credential::Credential;
-use crate::dump::Dumper;
+use crate::client::listener::{self, Door};
+use crate::client::peer::{AllowList, PeerCheck};
 use crate::exchange::Proxy;
-use crate::outgoing::Opening;
-use crate::peer::PeerCheck;
+use crate::exchange::dump::Dumper;
+use crate::key::Credential;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
-use crate::target::Target;
-use crate::upstream::Upstream;
-
-/// The largest head of a request or an answer, in bytes.
-pub const MAX_HEAD_BYTES: usize = 64 << 10;
-
-/// The most headers in a head.
-pub const MAX_HEADERS: usize = 128;
+use crate::upstream::target::Target;
+use crate::upstream::{Connector, Upstream, proxy};
 
 /// The status for a command line that can't be understood, as with clap's own.
 const BAD_USAGE: u8 = 2;
+
+/// How many threads look names and groups up and write dumps, at the most.
+const MAX_BLOCKING_THREADS: usize = 16;
 
 /// The program: hardens the process, reads the command line (its first item is the program's name)
 /// and runs the proxy. To be called first of all in a process.
@@ -109,12 +85,22 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 /// sentence on what is wrong and what to do; never with the key in it.
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
-    let proxy = target::outbound_proxy(&target, |name| std::env::var_os(name))?;
+    let complain = |sentence| log::line(format_args!("{sentence}"));
+    let way = proxy::outbound_proxy(&target, |name| std::env::var_os(name), complain)?;
     let allowed = AllowList::parse(&arguments.allow_user)?;
-    let connector = Connector::new(&target, proxy, arguments.upstream_ca.as_deref())?;
-    let limit = listener::connection_limit(arguments.dump_dir.is_some());
+    let connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
+    let limit = listener::connection_limit();
+    let listener = listener::open(arguments.port)?;
+    let unusable = |error| format!("cannot use the listening socket: {error}");
+    let address = listener.local_addr().map_err(unusable)?;
+    listener.set_nonblocking(true).map_err(unusable)?;
+    let check = PeerCheck::new(allowed, address)?;
+    let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
+    let server_info = arguments.server_info.as_deref();
+    let mut server_info = server_info.map(ServerInfo::prepare).transpose()?;
     let runtime = Builder::new_current_thread()
         .enable_all()
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
         .build_local(LocalOptions::default())
         .map_err(|error| format!("cannot start the event loop: {error}"))?;
 
@@ -124,44 +110,29 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             "the key was also in this process's variable {name}: start it with `env -u {name}`"
         ));
     }
-    let opening = Opening::new(
-        &target.origin_form.to_string(),
-        target.host_header,
-        credential,
-    );
-
-    let listener = listener::open(arguments.port)?;
-    let unusable = |error| format!("cannot use the listening socket: {error}");
-    let address = listener.local_addr().map_err(unusable)?;
-    listener.set_nonblocking(true).map_err(unusable)?;
-    let peer_check = PeerCheck::new(allowed, address)?;
-    let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
 
     let outcome = runtime.block_on(async {
-        let stop = Rc::new(Stop::default());
+        let stop = Stop::default();
         stop_on_signals(&stop).map_err(|error| format!("cannot handle signals: {error}"))?;
         let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
-        let upstream = Rc::new(Upstream::new(connector));
-        let watched = Rc::clone(&upstream);
-        tokio::task::spawn_local(async move {
-            watched.warm_up();
-            watched.watch().await;
-        });
-        let proxy = Proxy {
-            opening: Rc::new(opening),
+        let upstream = Rc::new(Upstream::new(target, connector, credential));
+        let kept = Rc::clone(&upstream);
+        tokio::task::spawn_local(async move { kept.keep_up().await });
+        let proxy = Rc::new(Proxy {
             upstream,
             http_shutdown: arguments.http_shutdown,
-            peer_check,
             dumper,
-            stop: Rc::clone(&stop),
-        };
-        let _server_info = match &arguments.server_info {
-            Some(path) => Some(ServerInfo::write(path, address.port())?),
-            None => None,
-        };
+            stop,
+        });
+        if let Some(info) = &mut server_info {
+            info.publish(address.port())?;
+        }
         log::line(format_args!("listening on http://{address}"));
-        systemd::tell(&NotifyState::Ready);
-        listener::run(listener, Rc::new(proxy), stop, limit).await;
+        log::tell_systemd(&NotifyState::Ready);
+        listener::run(listener, Door { check, limit }, Rc::clone(&proxy)).await;
+        if let Some(dumper) = &proxy.dumper {
+            dumper.finish().await;
+        }
         log::line(format_args!("stopped"));
         Ok(())
     });
@@ -171,10 +142,10 @@ fn run(arguments: &Arguments) -> Result<(), String> {
 }
 
 /// The first SIGTERM or SIGINT begins the end; the second is the end.
-fn stop_on_signals(stop: &Rc<Stop>) -> std::io::Result<()> {
+fn stop_on_signals(stop: &Stop) -> std::io::Result<()> {
     for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
         let mut signals = signal(kind)?;
-        let stop = Rc::clone(stop);
+        let stop = stop.clone();
         tokio::task::spawn_local(async move {
             while signals.recv().await.is_some() {
                 if stop.has_begun() {

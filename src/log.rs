@@ -1,19 +1,52 @@
 //! Lines on stderr: what an operator needs, and nothing of what was said.
 
 use std::fmt;
-use std::io::Write;
-use std::rc::Rc;
-use std::time::Instant;
+use std::io::{Write, stderr};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::body::RequestState;
-use crate::connector::with_sources;
-use crate::link::ExchangeError;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// The longest line, in bytes: so much a pipe that says it can be written to takes without blocking
+/// (`PIPE_BUF`, pipe(7)).
+const MAX_LINE: usize = 4096;
+
+/// How many lines stderr has not taken since the last one that it took.
+static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// Writes one line in one write(2), so that lines never mix.
 ///
-/// A stderr that can't be written to is no reason to end.
+/// A stderr that nobody reads loses the line and holds nobody up: it is asked first whether it can take
+/// one. (Not made non-blocking: that would be so for whoever else has it, the shell among them.) The
+/// next line that it takes says how many were lost.
 pub fn line(text: fmt::Arguments<'_>) {
-    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+    let mut line = Vec::with_capacity(128);
+    let lost = LOST.load(Ordering::Relaxed);
+    let _ = match lost {
+        0 => write!(line, "{text}"),
+        _ => write!(
+            line,
+            "{text} (before this, {lost} lines were lost: stderr took none)"
+        ),
+    };
+    line.truncate(MAX_LINE - 1);
+    line.push(b'\n');
+    let stderr = stderr();
+    let mut state = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    let is_ready = poll(&mut state, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+    if is_ready && stderr.lock().write(&line).is_ok() {
+        LOST.fetch_sub(lost, Ordering::Relaxed);
+    } else {
+        LOST.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Tells systemd, where it wants to know (sd_notify(3)). Without it, the unit will time out, and the
+/// log says why.
+pub fn tell_systemd(state: &sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
+        line(format_args!("cannot notify systemd: {error}"));
+    }
 }
 
 /// A uid in a log line, or `-` where it isn't known.
@@ -28,85 +61,17 @@ impl fmt::Display for Uid {
     }
 }
 
-/// How an exchange ended.
-enum End {
-    /// The client left before the answer, or before its end. Also what is so until something else is.
-    ClientLeft,
-    /// With the whole answer.
-    Complete,
-    /// Something failed; the detail is for the log alone.
-    Failed(String),
-}
-
-/// What is logged of one forwarded request, when it is over, however it ends.
-pub struct Record {
-    uid: Option<u32>,
-    started: Instant,
-    request: Rc<RequestState>,
-    status: u16,
-    sent: u64,
-    end: End,
-}
-
-impl Record {
-    /// Begins now.
-    #[must_use]
-    pub fn new(uid: Option<u32>, request: Rc<RequestState>) -> Self {
-        Self {
-            uid,
-            started: Instant::now(),
-            request,
-            status: 0,
-            sent: 0,
-            end: End::ClientLeft,
+/// An error and what caused it, down to the system's own words.
+#[must_use]
+pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
         }
+        source = cause.source();
     }
-
-    /// The request that this is about.
-    #[must_use]
-    pub fn request(&self) -> &RequestState {
-        &self.request
-    }
-
-    /// The answer has this status.
-    pub fn status(&mut self, status: u16) {
-        self.status = status;
-    }
-
-    /// So many bytes of the answer's body have come.
-    pub fn sent(&mut self, bytes: u64) {
-        self.sent += bytes;
-    }
-
-    /// The answer is whole.
-    pub fn complete(&mut self) {
-        self.end = End::Complete;
-    }
-
-    /// The upstream broke its answer off.
-    pub fn broken_off(&mut self, error: &ExchangeError) {
-        self.end = End::Failed(format!("answer broken off: {}", with_sources(error)));
-    }
-
-    /// There was no answer.
-    pub fn failed(&mut self, status: u16, detail: String) {
-        self.status = status;
-        self.end = End::Failed(detail);
-    }
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        let (uid, status, sent) = (Uid(self.uid), self.status, self.sent);
-        let milliseconds = self.started.elapsed().as_millis();
-        let received = self.request.bytes();
-        let figures = format_args!(
-            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}"
-        );
-        match &self.end {
-            End::Complete => line(format_args!("{figures}")),
-            End::ClientLeft => line(format_args!("{figures} error=\"client left\"")),
-            End::Failed(detail) => line(format_args!("{figures} error={detail:?}")),
-        }
-    }
+    text
 }

@@ -1,6 +1,7 @@
 //! The file that tells others the port.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -8,38 +9,55 @@ use std::path::{Path, PathBuf};
 /// Who may read the file: everyone, it holds no secret (less what the umask takes away).
 const MODE: u32 = 0o644;
 
-/// How many names for the temporary file are tried, should others be there already.
-const ATTEMPTS: u32 = 16;
-
 /// The file, removed on drop if it is still as we wrote it.
 pub struct ServerInfo {
     path: PathBuf,
+    /// Where it is until it is published.
+    beside: PathBuf,
+    file: File,
+    /// What it holds; nothing until it is published.
     content: String,
 }
 
 impl ServerInfo {
-    /// Writes `{"port":…,"pid":…}` and a newline to `path`, whose parents are made.
+    /// Makes an empty file beside `path`, whose parents are made, under a name that nobody can guess.
     ///
-    /// It is written beside and renamed into place: nobody reads half of it, and a link that was
-    /// planted there is replaced and not followed.
+    /// # Errors
+    ///
+    /// A sentence with the path and what is wrong: there is something that is no file, such as a
+    /// device, or none can be made. Root must not turn `/dev/null` into a file.
+    pub fn prepare(path: &Path) -> Result<Self, String> {
+        create_beside(path)
+            .map_err(|error| format!("cannot write --server-info {}: {error}", path.display()))
+    }
+
+    /// Writes `{"port":…,"pid":…}` and a newline, and renames the file into place: nobody reads half of
+    /// it, and a link that was planted there is replaced and not followed.
     ///
     /// # Errors
     ///
     /// A sentence with the path and the system's reason.
-    pub fn write(path: &Path, port: u16) -> Result<Self, String> {
+    pub fn publish(&mut self, port: u16) -> Result<(), String> {
         let pid = std::process::id();
         let content = format!("{{\"port\":{port},\"pid\":{pid}}}\n");
-        place(path, &content)
-            .map_err(|error| format!("cannot write --server-info {}: {error}", path.display()))?;
-        Ok(Self {
-            path: path.to_owned(),
-            content,
-        })
+        self.file
+            .write_all(content.as_bytes())
+            .and_then(|()| fs::rename(&self.beside, &self.path))
+            .map_err(|error| {
+                let path = self.path.display();
+                format!("cannot write --server-info {path}: {error}")
+            })?;
+        self.content = content;
+        Ok(())
     }
 }
 
 impl Drop for ServerInfo {
     fn drop(&mut self) {
+        if self.content.is_empty() {
+            let _ = fs::remove_file(&self.beside);
+            return;
+        }
         let is_file = fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
         if is_file && fs::read(&self.path).is_ok_and(|content| content == self.content.as_bytes()) {
             let _ = fs::remove_file(&self.path);
@@ -47,37 +65,38 @@ impl Drop for ServerInfo {
     }
 }
 
-fn place(path: &Path, content: &str) -> io::Result<()> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| io::Error::other("the path does not name a file"))?;
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let mut attempt = 0;
-    let (beside, mut file) = loop {
-        let mut beside = std::ffi::OsString::from(".");
-        beside.push(name);
-        beside.push(format!(".{}.{attempt}", std::process::id()));
-        let beside = path.with_file_name(beside);
-        match OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(MODE)
-            .open(&beside)
-        {
-            Ok(file) => break (beside, file),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {
-                attempt += 1
-            }
-            Err(error) => return Err(error),
-        }
+fn create_beside(path: &Path) -> io::Result<ServerInfo> {
+    let path = std::path::absolute(path)?;
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::other("the path does not name a file"));
     };
-    let written = file
-        .write_all(content.as_bytes())
-        .and_then(|()| fs::rename(&beside, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
+    let nearest = parent
+        .ancestors()
+        .find_map(|folder| folder.canonicalize().ok());
+    if nearest.is_some_and(|folder| folder.starts_with("/dev")) {
+        return Err(io::Error::other(
+            "/dev is for devices: choose another folder",
+        ));
     }
-    written
+    match fs::symlink_metadata(&path) {
+        Ok(there) if !there.is_file() && !there.is_symlink() => {
+            return Err(io::Error::other(
+                "there is something that is no regular file",
+            ));
+        }
+        _ => fs::create_dir_all(parent)?,
+    }
+    let random = RandomState::new().hash_one(std::process::id());
+    let beside = parent.join(format!(".{}.{random:016x}", name.to_string_lossy()));
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(MODE)
+        .open(&beside)?;
+    Ok(ServerInfo {
+        path,
+        beside,
+        file,
+        content: String::new(),
+    })
 }

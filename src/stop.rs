@@ -1,32 +1,26 @@
 //! Ending in good order: one flag that every connection watches.
 
-use std::cell::Cell;
+use tokio::sync::watch;
 
-use tokio::sync::Notify;
-
-/// Whether the program is to end, and who waits for that.
-#[derive(Default)]
-pub struct Stop {
-    begun: Cell<bool>,
-    notify: Notify,
-}
+/// Whether the program is to end. Clones are the same flag.
+#[derive(Clone, Default)]
+pub struct Stop(watch::Sender<bool>);
 
 impl Stop {
     /// Begins the end. Again is nothing.
     pub fn begin(&self) {
-        self.begun.set(true);
-        self.notify.notify_waiters();
+        self.0.send_replace(true);
     }
 
     /// Whether it has begun.
+    #[must_use]
     pub fn has_begun(&self) -> bool {
-        self.begun.get()
+        *self.0.borrow()
     }
 
     /// Returns once it has begun.
     pub async fn begun(&self) {
-        while !self.begun.get() {
-            self.notify.notified().await;
-        }
+        // An error means that nobody can begin it any more, and `self` can.
+        let _ = self.0.subscribe().wait_for(|begun| *begun).await;
     }
 }

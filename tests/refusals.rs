@@ -173,27 +173,38 @@ fn shutdown_is_refused_unless_enabled() {
 }
 
 #[test]
-fn tunnels_and_upgrades_are_refused() {
+fn tunnels_are_refused() {
     let websocket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                      Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-    let h2c = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n";
     let connect = |to: &str| format!("CONNECT {to} HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_refused(vec![
         ("a WebSocket", request("GET /v1/responses", websocket)),
-        (
-            "a WebSocket by POST",
-            request("POST /v1/responses", websocket),
-        ),
-        ("HTTP/2 in the clear", request("POST /v1/responses", h2c)),
-        (
-            "an upgrade that Connection does not name",
-            request("POST /v1/responses", "Upgrade: anything\r\n"),
-        ),
         ("CONNECT to the real thing", connect("api.openai.com:443")),
         ("CONNECT to this proxy", connect("localhost:80")),
         ("CONNECT to elsewhere", connect("127.0.0.1:22")),
         ("OPTIONS for the server", request("OPTIONS *", "")),
     ]);
+}
+
+#[test]
+fn an_offer_to_upgrade_is_ignored() {
+    let upstream = Upstream::start(ok);
+    let proxy = Launch::to(&upstream).start();
+    let offers = [
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+        "Upgrade: anything\r\n",
+    ];
+    let mut client = Client::connect(proxy.port);
+    for offer in offers {
+        client.post(offer, b"{}").unwrap();
+        assert_eq!(client.response().unwrap().status(), 200, "{offer}");
+    }
+    for seen in upstream.seen() {
+        for name in ["upgrade", "connection", "http2-settings"] {
+            assert_eq!(seen.head.get(name), None, "{seen:?}");
+        }
+    }
 }
 
 #[test]

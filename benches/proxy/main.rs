@@ -99,7 +99,7 @@ fn folder() -> std::io::Result<PathBuf> {
 fn benchmark(rounds: usize, limit: Duration) -> Result<(), Box<dyn Error>> {
     let begin = Instant::now();
     // A thousand streams are two thousand descriptors. Children inherit the limit.
-    let _ = codex_responses_proxy::listener::connection_limit(false);
+    let _ = codex_responses_proxy::client::listener::connection_limit();
     let folder = folder()?;
     let peers = peers::all(&folder);
     let upstream = Upstream::start(&folder)?;

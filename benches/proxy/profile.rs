@@ -23,7 +23,7 @@ pub(crate) fn main(
     kind: &str,
     length: Duration,
 ) -> Result<(), Box<dyn Error>> {
-    let _ = codex_responses_proxy::listener::connection_limit(false);
+    let _ = codex_responses_proxy::client::listener::connection_limit();
     let peers = peers::all(folder);
     let peer = peers.iter().find(|peer| peer.kind.name().contains(name));
     let peer = peer.ok_or("there is no such proxy here")?;

@@ -2,7 +2,7 @@
 //! sentence that repeats nothing of it.
 #![no_main]
 
-use codex_responses_proxy::credential::{Credential, MAX_CREDENTIAL};
+use codex_responses_proxy::key::{Credential, MAX_CREDENTIAL};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (Vec<u8>, Vec<u8>)| {
@@ -26,7 +26,7 @@ fuzz_target!(|input: (Vec<u8>, Vec<u8>)| {
     match outcome {
         Ok(credential) => {
             assert!(is_key);
-            assert_eq!(credential.expose(), [b"Bearer ", key].concat());
+            assert_eq!(credential.header_line(), [b"authorization: Bearer ", key, b"\r\n"].concat());
         }
         Err(sentence) => {
             assert!(!is_key || !is_within, "refused a key: {sentence}");

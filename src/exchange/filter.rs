@@ -4,8 +4,9 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, Version};
 
-use crate::refusal::Refusal;
-use crate::target::is_loopback;
+use super::client::Client;
+use super::refusal::Refusal;
+use crate::upstream::target::is_loopback;
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
@@ -19,7 +20,7 @@ const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
 /// What is to be done with a request.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Decision {
+pub(super) enum Decision {
     /// Send it to the upstream.
     Forward,
     /// Answer 200 and end.
@@ -28,10 +29,10 @@ pub enum Decision {
     Refuse(Refusal),
 }
 
-/// Decides on a request by its head alone.
-#[must_use]
-pub fn decide(request: &Parts, http_shutdown: bool) -> Decision {
-    let refusal = browser_refusal(&request.headers)
+/// Decides on a request by whose it is and its head alone.
+pub(super) fn decide(request: &Parts, client: &Client, http_shutdown: bool) -> Decision {
+    let refusal = user_refusal(client)
+        .or_else(|| browser_refusal(&request.headers))
         .or_else(|| host_refusal(request))
         .or_else(|| framing_refusal(&request.headers));
     if let Some(refusal) = refusal {
@@ -45,12 +46,6 @@ pub fn decide(request: &Parts, http_shutdown: bool) -> Decision {
         .filter(|_| is_origin_form)
         .map(|target| target.as_str());
     match (&request.method, target) {
-        (&Method::POST, Some(PATH)) if request.headers.contains_key(header::UPGRADE) => {
-            Decision::Refuse(Refusal::forbidden(
-                "upgrade_not_allowed",
-                "this proxy upgrades no connection: send POST /v1/responses without an Upgrade header",
-            ))
-        }
         (&Method::POST, Some(PATH)) => Decision::Forward,
         (&Method::GET, Some(SHUTDOWN_PATH)) if http_shutdown => Decision::Shutdown,
         _ => Decision::Refuse(Refusal::forbidden(
@@ -58,6 +53,14 @@ pub fn decide(request: &Parts, http_shutdown: bool) -> Decision {
             "this proxy forwards POST /v1/responses, without a query, and nothing else",
         )),
     }
+}
+
+/// Refuses a user that `--allow-user` does not name, whatever the request is.
+fn user_refusal(client: &Client) -> Option<Refusal> {
+    client.is_refused.then_some(Refusal::forbidden(
+        "user_not_allowed",
+        "this user may not use this proxy, or its connection was closed too early to tell whose it is",
+    ))
 }
 
 /// Refuses what a web page could make a browser on this machine send.
@@ -140,7 +143,11 @@ mod tests {
             "[::1]:8399",
         ] {
             let request = head("POST", PATH, &[("host", host)]);
-            assert_eq!(decide(&request, false), Decision::Forward, "{host}");
+            assert_eq!(
+                decide(&request, &Client::default(), false),
+                Decision::Forward,
+                "{host}"
+            );
         }
     }
 
@@ -172,7 +179,7 @@ mod tests {
         ];
         for host in hosts {
             let request = head("POST", PATH, &[("host", host)]);
-            let Decision::Refuse(refusal) = decide(&request, false) else {
+            let Decision::Refuse(refusal) = decide(&request, &Client::default(), false) else {
                 panic!("{host}: not refused")
             };
             assert_eq!(refusal.code, "host_not_allowed", "{host}");
@@ -183,7 +190,7 @@ mod tests {
     fn shutdown_only_where_enabled_and_to_the_letter() {
         let local = [("host", "localhost")];
         assert_eq!(
-            decide(&head("GET", "/shutdown", &local), true),
+            decide(&head("GET", "/shutdown", &local), &Client::default(), true),
             Decision::Shutdown
         );
         for (method, target, enabled) in [
@@ -194,7 +201,7 @@ mod tests {
         ] {
             assert!(
                 matches!(
-                    decide(&head(method, target, &local), enabled),
+                    decide(&head(method, target, &local), &Client::default(), enabled),
                     Decision::Refuse(_)
                 ),
                 "{method} {target}"

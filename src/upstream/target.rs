@@ -1,12 +1,10 @@
-//! Where requests go: the upstream URL, and the proxy on the way to it.
+//! Where requests go: the upstream URL.
 
-use std::ffi::OsString;
 use std::net::IpAddr;
 
 use hyper::Uri;
 use hyper::header::HeaderValue;
 use hyper::http::uri::Authority;
-use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 
 /// The upstream, taken apart once at the start.
 #[derive(Debug)]
@@ -88,7 +86,7 @@ impl Target {
 }
 
 /// The port to connect to; `None` where there is no host, or something after it that is no port.
-fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
+pub(super) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
     let after_host = authority
         .as_str()
         .rsplit('@')
@@ -119,103 +117,6 @@ pub fn is_loopback(host: &str) -> bool {
         || host
             .parse::<IpAddr>()
             .is_ok_and(|address| address.is_loopback())
-}
-
-/// Finds the CONNECT proxy for `target` in `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` or their
-/// lower-case forms; `variable` looks one up.
-///
-/// An upstream without TLS is on loopback and never goes through a proxy: that would show it the key.
-///
-/// # Errors
-///
-/// A sentence naming the variable whose value can't be used, which would otherwise be ignored: the
-/// key's owner believes that a proxy is in the way.
-pub fn outbound_proxy(
-    target: &Target,
-    variable: impl Fn(&str) -> Option<OsString>,
-) -> Result<Option<Intercept>, String> {
-    let lookup = |upper: &str| -> Result<(String, String), String> {
-        for name in [upper.to_owned(), upper.to_ascii_lowercase()] {
-            if let Some(value) = variable(&name).filter(|value| !value.is_empty()) {
-                let value = value
-                    .into_string()
-                    .map_err(|_| format!("{name} is not UTF-8: correct or unset it"))?;
-                return Ok((name, value));
-            }
-        }
-        Ok((upper.to_owned(), String::new()))
-    };
-    let https = lookup("HTTPS_PROXY")?;
-    let all = lookup("ALL_PROXY")?;
-    let (no_name, no) = lookup("NO_PROXY")?;
-    for (name, value) in [&https, &all] {
-        check_proxy(name, value)?;
-    }
-    for entry in no.split(',').map(str::trim) {
-        if !is_no_proxy_entry(entry) {
-            return Err(format!(
-                "{no_name} has an entry that would match nothing: use host names, addresses, networks such as 10.0.0.0/8, or a '*' alone"
-            ));
-        }
-    }
-    if target.tls_name.is_none() {
-        return Ok(None);
-    }
-    Ok(Matcher::builder()
-        .https(https.1)
-        .all(all.1)
-        .no(no)
-        .build()
-        .intercept(&target.origin))
-}
-
-/// Whether the value of a proxy variable is one that this program can follow to the letter.
-fn check_proxy(name: &str, value: &str) -> Result<(), String> {
-    if value.is_empty() {
-        return Ok(());
-    }
-    let advice = "use a URL such as http://proxy.example:3128, or unset it";
-    let uri: Uri = value
-        .parse()
-        .map_err(|_| format!("{name} is not a usable URL: {advice}"))?;
-    if uri.scheme_str().is_some_and(|scheme| scheme != "http") {
-        return Err(format!(
-            "{name} names a kind of proxy other than http://: {advice}"
-        ));
-    }
-    match uri
-        .authority()
-        .and_then(|authority| usable_port(authority, 80))
-    {
-        Some(_) => Ok(()),
-        None => Err(format!(
-            "{name} has no host, or a port that is none: {advice}"
-        )),
-    }
-}
-
-/// Whether hyper-util's matcher gives the entry the meaning that its author had in mind.
-fn is_no_proxy_entry(entry: &str) -> bool {
-    let is_network = |entry: &str| {
-        entry.split_once('/').is_some_and(|(address, prefix)| {
-            let bits = match address.parse() {
-                Ok(IpAddr::V4(_)) => 32,
-                Ok(IpAddr::V6(_)) => 128,
-                Err(_) => return false,
-            };
-            prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
-        })
-    };
-    let is_name = || {
-        entry
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
-    };
-    entry.is_empty()
-        || entry == "*"
-        || entry.parse::<IpAddr>().is_ok()
-        || is_network(entry)
-        || is_name()
 }
 
 #[cfg(test)]
@@ -301,76 +202,6 @@ mod tests {
             assert!(
                 error.contains("--upstream-url") && !error.contains("secret"),
                 "{name}: {error}"
-            );
-        }
-    }
-
-    /// The proxy for `https://api.openai.com` under these variables, or the error.
-    fn proxy(variables: &[(&str, &str)]) -> Result<Option<String>, String> {
-        let target = Target::parse("https://api.openai.com/v1/responses").unwrap();
-        let lookup = |name: &str| {
-            variables
-                .iter()
-                .find(|(n, _)| *n == name)
-                .map(|(_, value)| value.into())
-        };
-        outbound_proxy(&target, lookup).map(|proxy| proxy.map(|proxy| proxy.uri().to_string()))
-    }
-
-    #[test]
-    fn follows_proxy_variables() {
-        let there = Ok(Some("http://p:1/".to_owned()));
-        assert_eq!(proxy(&[]), Ok(None));
-        assert_eq!(proxy(&[("HTTPS_PROXY", "")]), Ok(None));
-        assert_eq!(proxy(&[("HTTPS_PROXY", "http://p:1")]), there);
-        assert_eq!(proxy(&[("https_proxy", "p:1")]), there);
-        assert_eq!(proxy(&[("ALL_PROXY", "http://p:1/")]), there);
-        assert_eq!(
-            proxy(&[("HTTPS_PROXY", "http://p:1"), ("ALL_PROXY", "http://q:2")]),
-            there
-        );
-        assert_eq!(proxy(&[("HTTP_PROXY", "http://p:1")]), Ok(None));
-        assert_eq!(
-            proxy(&[
-                ("ALL_PROXY", "http://p:1"),
-                ("NO_PROXY", "x.org, openai.com")
-            ]),
-            Ok(None)
-        );
-        assert_eq!(
-            proxy(&[("ALL_PROXY", "http://p:1"), ("no_proxy", "*")]),
-            Ok(None)
-        );
-        assert_eq!(
-            proxy(&[
-                ("ALL_PROXY", "http://p:1"),
-                ("NO_PROXY", "10.0.0.0/8,::1,.x.org,")
-            ]),
-            there
-        );
-    }
-
-    #[test]
-    fn values_that_would_be_ignored_are_errors() {
-        let cases = [
-            ("HTTPS_PROXY", "socks5://secret:1"),
-            ("ALL_PROXY", "https://secret:1"),
-            ("HTTPS_PROXY", "http://"),
-            ("https_proxy", "http://se cret"),
-            ("ALL_PROXY", "/secret"),
-            ("HTTPS_PROXY", "http://secret:"),
-            ("HTTPS_PROXY", "http://secret:port"),
-            ("HTTPS_PROXY", "http://user:secret@host:port"),
-            ("NO_PROXY", "*.secret"),
-            ("no_proxy", "secret:443"),
-            ("NO_PROXY", "10.0.0.0/33"),
-            ("NO_PROXY", "secret/8"),
-        ];
-        for (name, value) in cases {
-            let error = proxy(&[(name, value)]).expect_err(value);
-            assert!(
-                error.starts_with(name) && !error.contains("secret"),
-                "{name}={value}: {error}"
             );
         }
     }

@@ -2,16 +2,12 @@
 
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 
-/// How much memory a head is given at first, in bytes: most are smaller.
-pub const USUAL_HEAD_BYTES: usize = 1 << 10;
-
 /// Whether a header is about one connection and not about the message (RFC 9110, sections 7.6.1, 11.7
 /// and 6.6.2): those that a proxy must not pass on, whether `Connection` names them or not. `name` is
 /// in lower case.
 ///
 /// `Trailer` is among them because trailer fields are left out, see [`crate::body`].
-#[must_use]
-pub fn is_hop_by_hop(name: &str) -> bool {
+fn is_hop_by_hop(name: &str) -> bool {
     matches!(
         name,
         "connection"
@@ -32,50 +28,51 @@ fn is_replaced(name: &str) -> bool {
     matches!(name, "authorization" | "host" | "expect")
 }
 
-/// Writes headers of a request for the upstream to `head`: the client's end-to-end ones in their
-/// order, behind a `Host` of ours.
-pub fn write_for_upstream(client: &HeaderMap, host: &HeaderValue, head: &mut Vec<u8>) {
-    write("host", host.as_bytes(), head);
-    let disowned: Vec<HeaderName> = client
+/// The headers of a request for the upstream: the client's end-to-end ones in their order, behind a
+/// `Host` of ours. The credential is added later, on the wire.
+pub(super) fn for_upstream(client: HeaderMap, host: &HeaderValue) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(client.len() + 1);
+    headers.insert(header::HOST, host.clone());
+    pass(client, &mut headers, is_replaced);
+    headers
+}
+
+/// The end-to-end headers of an answer, in their order.
+pub(super) fn end_to_end(upstream: HeaderMap) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(upstream.len());
+    pass(upstream, &mut headers, |_| false);
+    headers
+}
+
+/// Moves end-to-end headers, but for those that `ends_here`.
+fn pass(from: HeaderMap, to: &mut HeaderMap, ends_here: impl Fn(&str) -> bool) {
+    let disowned: Vec<HeaderName> = from
         .get_all(header::CONNECTION)
         .iter()
         .flat_map(|value| named_by_connection(value.as_bytes()))
         .collect();
-    for (name, value) in client {
-        let text = name.as_str();
-        if !is_hop_by_hop(text) && !is_replaced(text) && !disowned.contains(name) {
-            write(text, value.as_bytes(), head);
+    // The name comes with the first of its values only.
+    let mut current = None;
+    for (name, value) in from {
+        if let Some(name) = name {
+            let text = name.as_str();
+            let passes = !is_hop_by_hop(text) && !ends_here(text) && !disowned.contains(&name);
+            current = passes.then_some(name);
+        }
+        if let Some(name) = &current {
+            to.append(name, value);
         }
     }
 }
 
-/// Writes one header to `head`.
-pub fn write(name: &str, value: &[u8], head: &mut Vec<u8>) {
-    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
-        head.extend_from_slice(part);
-    }
-}
-
-/// What a `Connection` header lists (RFC 9110, section 7.6.1).
-fn connection_options(value: &[u8]) -> impl Iterator<Item = &[u8]> {
-    value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii)
-}
-
-/// Whether a `Connection` header says that there is no next message.
-#[must_use]
-pub fn closes(value: &[u8]) -> bool {
-    connection_options(value).any(|option| option.eq_ignore_ascii_case(b"close"))
-}
-
-/// The headers that a `Connection` header says are about the connection.
+/// The headers that a `Connection` header says are about the connection (RFC 9110, section 7.6.1).
 ///
-/// `Content-Length` can't be disowned in this way: without it the message would be another one
-/// (RFC 9110, section 7.6.1, speaks of fields "intended solely for the immediate recipient").
-pub fn named_by_connection(value: &[u8]) -> impl Iterator<Item = HeaderName> {
-    connection_options(value)
-        // What most of them say, and a header that doesn't pass in any case.
-        .filter(|name| !name.eq_ignore_ascii_case(b"keep-alive"))
-        .filter_map(|name| HeaderName::from_bytes(name).ok())
+/// `Content-Length` can't be disowned in this way: without it the message would be another one; that
+/// section speaks of fields "intended solely for the immediate recipient".
+fn named_by_connection(value: &[u8]) -> impl Iterator<Item = HeaderName> {
+    value
+        .split(|&byte| byte == b',')
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
         .filter(|name| name != header::CONTENT_LENGTH)
 }
 
@@ -112,12 +109,18 @@ mod tests {
             ("proxy-authorization", "Basic x"),
             ("content-length", "5"),
         ]);
-        let mut head = Vec::new();
-        write_for_upstream(&client, &HeaderValue::from_static("up"), &mut head);
-        let expected = "host: up\r\nb: 1\r\nb: 2\r\na: 1\r\ncontent-length: 5\r\n";
-        assert_eq!(
-            head.escape_ascii().to_string(),
-            expected.escape_default().to_string()
-        );
+        let headers = for_upstream(client, &HeaderValue::from_static("up"));
+        let names: Vec<_> = headers
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))
+            .collect();
+        let expected = [
+            ("host", "up"),
+            ("b", "1"),
+            ("b", "2"),
+            ("a", "1"),
+            ("content-length", "5"),
+        ];
+        assert_eq!(names, expected);
     }
 }

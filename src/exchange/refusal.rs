@@ -1,26 +1,26 @@
 //! Answers of our own: what is refused and why, in OpenAI's error shape.
 
+use http_body_util::Either;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
-use crate::body::ResponseBody;
+use super::body::AnswerBody;
 
 /// An answer that this program gives in place of the upstream's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub(super) struct Refusal {
     /// The status.
-    pub status: StatusCode,
+    pub(super) status: StatusCode,
     /// A word for programs.
-    pub code: &'static str,
+    pub(super) code: &'static str,
     /// A plain phrase for people, which also goes into the log.
-    pub message: &'static str,
+    pub(super) message: &'static str,
 }
 
 impl Refusal {
     /// 403 with a reason.
-    #[must_use]
-    pub const fn forbidden(code: &'static str, message: &'static str) -> Self {
+    pub(super) const fn forbidden(code: &'static str, message: &'static str) -> Self {
         Self {
             status: StatusCode::FORBIDDEN,
             code,
@@ -29,25 +29,21 @@ impl Refusal {
     }
 
     /// 400 with a reason.
-    #[must_use]
-    pub const fn malformed(message: &'static str) -> Self {
+    pub(super) const fn malformed(message: &'static str) -> Self {
         Self {
             status: StatusCode::BAD_REQUEST,
             code: "malformed_request",
             message,
         }
     }
-
-    /// The answer.
-    #[must_use]
-    pub fn response(&self) -> Response<ResponseBody> {
-        error_response(self.status, self.code, self.message)
-    }
 }
 
 /// An error as OpenAI's API words it, so that clients show the message.
-#[must_use]
-pub fn error_response(status: StatusCode, code: &str, message: &str) -> Response<ResponseBody> {
+pub(super) fn error_response(
+    status: StatusCode,
+    code: &str,
+    message: &str,
+) -> Response<AnswerBody> {
     let kind = if status.is_client_error() {
         "invalid_request_error"
     } else {
@@ -57,7 +53,7 @@ pub fn error_response(status: StatusCode, code: &str, message: &str) -> Response
     let body = format!(
         r#"{{"error":{{"message":{message},"type":"{kind}","code":"{code}","param":null}}}}"#
     );
-    let mut response = Response::new(ResponseBody::Own(body.into()));
+    let mut response = Response::new(Either::Left(body.into()));
     *response.status_mut() = status;
     response
         .headers_mut()

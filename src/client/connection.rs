@@ -1,0 +1,146 @@
+//! One client connection, from its acceptance to its last byte: hyper's server, and the ends that hyper
+//! doesn't give.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http1::Builder;
+use hyper::service::service_fn;
+use hyper::{Request, Version};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy, sink};
+use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep, timeout};
+
+use crate::exchange::{Client, Proxy};
+use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
+
+/// How long a head may take to come, and how long a connection may be idle between requests.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long after the end has begun a connection that has sent no request yet may still do so: it was
+/// made in the belief that it would be served.
+const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
+
+/// How long what a client still sends is taken when its answer is complete. Closing at once would reset
+/// the connection, and the client could lose the answer (RFC 9112, section 9.6).
+const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Serves one client until either side is done.
+pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
+    // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
+    let _ = stream.set_nodelay(true);
+    let client = Rc::new(client);
+    let (mut stream, outcome) = converse(stream, Rc::clone(&client), &proxy).await;
+    match outcome {
+        // To such a client the usual end of the connection is that of a whole answer.
+        Err(error) if error.is_user() && client.version.get() == Some(Version::HTTP_10) => {
+            let _ = stream.set_zero_linger();
+        }
+        Ok(()) if client.has_sent_all.get() => {}
+        Err(error) if !error.is_parse() => {}
+        _ => {
+            // What hyper has written is followed by a FIN already.
+            let limit = match proxy.stop.has_begun() {
+                true => LAST_REQUEST_GRACE,
+                false => LINGER_TIMEOUT,
+            };
+            // Boxed, so that only those who linger have its buffer.
+            let _ = timeout(limit, Box::pin(copy(&mut stream, &mut sink()))).await;
+        }
+    }
+}
+
+/// Answers requests until there is none any more, and gives the stream back.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    client: Rc<Client>,
+    proxy: &Rc<Proxy>,
+) -> (S, hyper::Result<()>) {
+    let service = service_fn(|request: Request<Incoming>| {
+        let (client, proxy) = (Rc::clone(&client), Rc::clone(proxy));
+        // Boxed, since it needs much memory, and an answer may take hours.
+        Box::pin(async move { Ok::<_, Infallible>(proxy.answer(client, request).await) })
+    });
+    let stream = Flushing(stream, Rc::clone(&client));
+    let mut connection = Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_headers(MAX_HEADERS)
+        .max_header_size(MAX_HEAD_BYTES)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut ending = pin!(proxy.stop.begun());
+    let mut grace: Option<Pin<Box<Sleep>>> = None;
+    let outcome = poll_fn(|cx| {
+        if grace.is_some() || ending.as_mut().poll(cx).is_ready() {
+            let grace = grace.get_or_insert_with(|| Box::pin(sleep(LAST_REQUEST_GRACE)));
+            let is_over = grace.as_mut().poll(cx).is_ready();
+            if client.version.get().is_some() {
+                // What is in flight may finish; an idle connection ends.
+                Pin::new(&mut connection).graceful_shutdown();
+            } else if is_over {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let outcome = Pin::new(&mut connection).poll(cx);
+        if outcome.is_pending() {
+            client.send_on(cx);
+        }
+        outcome
+    })
+    .await;
+    (connection.into_parts().io.into_inner().0, outcome)
+}
+
+/// A stream to a client that tells when all that hyper wrote has gone out.
+struct Flushing<S>(S, Rc<Client>);
+
+impl<S: AsyncRead + Unpin> AsyncRead for Flushing<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Flushing<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.0).poll_flush(cx))?;
+        self.1.flush.done();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}

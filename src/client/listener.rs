@@ -1,0 +1,213 @@
+//! The listening socket: where it comes from, and who gets in when.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::sockopt::{AcceptConn, SockType};
+use nix::sys::socket::{self, Backlog, getsockopt};
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::connection;
+use super::peer::PeerCheck;
+use crate::exchange::{Client, Proxy};
+use crate::log;
+
+/// The most connections at once, if there are descriptors for that many.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// The most connections at once of users who aren't served. They hold no place; one more is closed unanswered.
+const MAX_REFUSED: usize = 16;
+
+/// How long a connection of a user who isn't served stays, the refusal of its first request included.
+const REFUSED_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Descriptors that are never used for clients who are served: standard streams, listener, event loop,
+/// name service, dumps.
+const RESERVED_DESCRIPTORS: usize = 24 + MAX_REFUSED;
+
+/// How many connections may wait to be accepted. std's 128 are too few for a burst: what comes on top
+/// is not refused, but tries again only after a second.
+const BACKLOG: i32 = 4096;
+
+/// How long to wait when a connection could not be accepted, for want of descriptors or memory mostly:
+/// trying again at once would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long streams in flight may go on after the end has begun.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one.
+///
+/// # Errors
+///
+/// A sentence: `port` is given beside a socket, is taken or may not be used, or the socket is not the
+/// one that listens on loopback.
+pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
+    let unusable =
+        |error: io::Error| format!("the sockets handed over in LISTEN_FDS can't be used: {error}");
+    let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
+    match (inherited.len(), inherited.next(), port) {
+        (0, ..) => bind(port.unwrap_or(0)),
+        (1, Some(fd), None) => adopt(fd).map_err(unusable),
+        (1, ..) => Err(
+            "--port is given, but the socket comes from systemd (LISTEN_FDS): leave --port out, \
+                        the port is set in the socket unit"
+                .into(),
+        ),
+        (count, ..) => Err(format!(
+            "LISTEN_FDS hands over {count} sockets: configure exactly one"
+        )),
+    }
+}
+
+/// Opens a listening socket on 127.0.0.1.
+fn bind(port: u16) -> Result<std::net::TcpListener, String> {
+    // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            format!("port {port} on 127.0.0.1 is taken: choose another with --port, or leave it out for a free one")
+        }
+        _ => format!("cannot listen on 127.0.0.1 port {port}: {error}"),
+    })?;
+    // It listens already; this can fail only where that would have.
+    let _ = Backlog::new(BACKLOG).and_then(|backlog| socket::listen(&listener, backlog));
+    Ok(listener)
+}
+
+/// Takes over a socket that was passed to this process (sd_listen_fds(3)), if it is one that listens on
+/// loopback.
+#[allow(unsafe_code)]
+fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
+    // SAFETY: by sd_listen_fds(3) the descriptor is open and this process's to use, if LISTEN_PID is its
+    // own, which was looked at; it is taken once, here. If it isn't open after all, all that follows fails.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let is_stream = getsockopt(&socket, SockType)? == socket::SockType::Stream;
+    if !is_stream || !getsockopt(&socket, AcceptConn)? {
+        return Err(io::Error::other("it is no listening stream socket"));
+    }
+    let listener = std::net::TcpListener::from(socket);
+    if !listener.local_addr()?.ip().is_loopback() {
+        return Err(io::Error::other(
+            "it listens on more than loopback, where others could use the key",
+        ));
+    }
+    Ok(listener)
+}
+
+/// Raises `RLIMIT_NOFILE` to its hard limit and says how many clients that is enough for: each may
+/// need a descriptor of its own and one to the upstream.
+#[must_use]
+pub fn connection_limit() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return 1;
+    };
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    let descriptors = usize::try_from(limit).unwrap_or(usize::MAX);
+    (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
+}
+
+/// Who comes in, and how many.
+pub struct Door {
+    /// Who may come in, unless everybody may.
+    pub check: Option<PeerCheck>,
+    /// How many may be in at once.
+    pub limit: usize,
+}
+
+/// Accepts clients until the end begins, then waits for those in flight, at most 30 s, and ends the rest.
+///
+/// At the limit, new connections wait in the kernel's queue until an old one ends. They are not
+/// refused: whoever holds the others may be done in a moment.
+pub async fn run(listener: TcpListener, door: Door, proxy: Rc<Proxy>) {
+    let places = Arc::new(Semaphore::new(door.limit));
+    let refused = Arc::new(Semaphore::new(MAX_REFUSED));
+    let check = Rc::new(door.check);
+    let stop = proxy.stop.clone();
+    let mut connections = JoinSet::new();
+    let accepting = async {
+        let mut is_failing = false;
+        loop {
+            let place = Arc::clone(&places)
+                .acquire_owned()
+                .await
+                .expect("the semaphore is never closed");
+            // Those that have ended.
+            while connections.try_join_next().is_some() {}
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    is_failing = false;
+                    // Where `route_localnet` is on, neighbours reach 127.0.0.1, too.
+                    if !is_loopback(peer) {
+                        log::line(format_args!(
+                            "dropped a connection from {peer}, which is not this machine"
+                        ));
+                        continue;
+                    }
+                    let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
+                    let proxy = Rc::clone(&proxy);
+                    connections.spawn_local(async move {
+                        let client = match &*check {
+                            Some(check) => check.identify(&stream).await,
+                            None => Client::default(),
+                        };
+                        admit(place, refused, client, stream, proxy).await;
+                    });
+                }
+                // The client was gone before it was accepted.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    if !is_failing {
+                        log::line(format_args!("cannot accept a connection: {error}; waiting"));
+                    }
+                    is_failing = true;
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stop.begun() => {}
+        () = accepting => {}
+    }
+    drop(listener);
+    log::tell_systemd(&sd_notify::NotifyState::Stopping);
+    let _ = timeout(DRAIN_TIMEOUT, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
+    connections.shutdown().await;
+}
+
+/// Serves a client in its place; one that isn't served gives it up at once, and is gone soon.
+async fn admit(
+    place: OwnedSemaphorePermit,
+    refused: Arc<Semaphore>,
+    client: Client,
+    stream: tokio::net::TcpStream,
+    proxy: Rc<Proxy>,
+) {
+    if !client.is_refused {
+        connection::serve(stream, client, proxy).await;
+        return drop(place);
+    }
+    drop(place);
+    if let Ok(_place) = refused.try_acquire() {
+        let _ = timeout(REFUSED_TIMEOUT, connection::serve(stream, client, proxy)).await;
+    }
+}
+
+fn is_loopback(peer: SocketAddr) -> bool {
+    peer.ip().to_canonical().is_loopback()
+}

@@ -1,0 +1,171 @@
+//! Which users are served: `--allow-user`, and the kernel's word on who is at the other end.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::unistd::{Group, Uid, User, getgrouplist};
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::sock_diag::SockDiag;
+use crate::exchange::Client;
+use crate::log;
+
+/// How long what the group database says of a user is relied on. It may be somewhere on the network, so
+/// it isn't asked for each connection.
+const MEMBERSHIP_VALID: Duration = Duration::from_secs(2);
+
+/// Who may use the proxy.
+#[derive(Debug, Default)]
+pub struct AllowList {
+    uids: Vec<u32>,
+    groups: Vec<String>,
+}
+
+impl AllowList {
+    /// Takes the values of `--allow-user`: a name, a uid or `@` and a group's name.
+    ///
+    /// # Errors
+    ///
+    /// A sentence naming what this system doesn't know.
+    pub fn parse(values: &[String]) -> Result<Self, String> {
+        let mut list = Self::default();
+        for value in values {
+            let unknown = |what: &str| {
+                format!("--allow-user {value:?}: there is no such {what} on this system")
+            };
+            let failed = |error| format!("--allow-user {value:?} can't be looked up: {error}");
+            if let Some(group) = value.strip_prefix('@') {
+                let known = Group::from_name(group).map_err(failed)?;
+                list.groups
+                    .push(known.ok_or_else(|| unknown("group"))?.name);
+            } else if value.starts_with(|first: char| first.is_ascii_digit()) {
+                list.uids.push(value.parse().map_err(|_| unknown("uid"))?);
+            } else {
+                let user = User::from_name(value).map_err(failed)?;
+                list.uids
+                    .push(user.ok_or_else(|| unknown("user"))?.uid.as_raw());
+            }
+        }
+        Ok(list)
+    }
+}
+
+/// The check that `--allow-user` asks for. It is made once for a connection, before anything is read.
+pub struct PeerCheck {
+    allowed: AllowList,
+    kernel: SockDiag,
+    /// Whether users are in one of the groups, and when that was looked up.
+    members: RefCell<HashMap<u32, (bool, Instant)>>,
+    /// Held while one is looked up, so that many connections of a user are one look-up.
+    looking_up: Mutex<()>,
+}
+
+impl PeerCheck {
+    /// The check for a listening socket; none if nobody was named, so that everybody may come.
+    ///
+    /// # Errors
+    ///
+    /// A sentence on why this system can't tell users apart.
+    pub fn new(allowed: AllowList, listener: SocketAddr) -> Result<Option<Self>, String> {
+        if allowed.uids.is_empty() && allowed.groups.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            allowed,
+            kernel: SockDiag::new(listener)?,
+            members: RefCell::default(),
+            looking_up: Mutex::default(),
+        }))
+    }
+
+    /// The client's uid, where the kernel knows it for certain, and whether that user may come in.
+    pub(super) async fn identify(&self, stream: &TcpStream) -> Client {
+        let uid = self.kernel.uid(stream).unwrap_or_else(|error| {
+            log::line(format_args!("cannot tell whose a connection is: {error}"));
+            None
+        });
+        let is_allowed = match uid {
+            Some(uid) => self.allowed.uids.contains(&uid) || self.is_member(uid).await,
+            None => false,
+        };
+        Client::of(uid, !is_allowed)
+    }
+
+    async fn is_member(&self, uid: u32) -> bool {
+        if self.allowed.groups.is_empty() {
+            return false;
+        }
+        if let Some(known) = self.known_member(uid) {
+            return known;
+        }
+        let _alone = self.looking_up.lock().await;
+        if let Some(known) = self.known_member(uid) {
+            return known;
+        }
+        // On a thread of its own, since the answer may be long in coming.
+        let groups = self.allowed.groups.clone();
+        let lookup = move || {
+            groups
+                .iter()
+                .any(|group| is_in(uid, group).unwrap_or(false))
+        };
+        let is_member = tokio::task::spawn_blocking(lookup).await.unwrap_or(false);
+        let mut members = self.members.borrow_mut();
+        members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_VALID);
+        members.insert(uid, (is_member, Instant::now()));
+        is_member
+    }
+
+    fn known_member(&self, uid: u32) -> Option<bool> {
+        let members = self.members.borrow();
+        let (is_member, since) = members.get(&uid)?;
+        (since.elapsed() < MEMBERSHIP_VALID).then_some(*is_member)
+    }
+}
+
+/// Whether the user is in the group, as its primary one or another.
+fn is_in(uid: u32, group: &str) -> nix::Result<bool> {
+    let user = User::from_uid(Uid::from_raw(uid))?;
+    let (Some(user), Some(group)) = (user, Group::from_name(group)?) else {
+        return Ok(false);
+    };
+    let name = CString::new(user.name).map_err(|_| Errno::EINVAL)?;
+    Ok(getgrouplist(&name, user.gid)?.contains(&group.gid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_uids_and_groups() {
+        let list = AllowList::parse(&["root".into(), "12345".into(), "@root".into()]).unwrap();
+        assert_eq!(list.uids, [0, 12345]);
+        assert_eq!(list.groups, ["root"]);
+        assert_eq!(is_in(0, "root"), Ok(true));
+        assert_eq!(is_in(12345, "root"), Ok(false));
+    }
+
+    #[test]
+    fn unknown_ones_are_errors() {
+        for value in [
+            "",
+            "@",
+            "no-such-user-here",
+            "@no-such-group-here",
+            "4294967296",
+            "1x",
+            "-1",
+            "a\0b",
+        ] {
+            let error = AllowList::parse(&[value.to_owned()]).expect_err(value);
+            assert!(error.starts_with("--allow-user"), "{value}: {error}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Bodies on their way: counted, passed on as they come, and tied to what they came from.
+
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use http_body_util::{Either, Full};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+
+use super::client::Client;
+use super::dump::Tap;
+use super::record::Record;
+use crate::upstream::{Link, Upstream, unwoken};
+
+/// The body of an answer to a client: our own words, or the upstream's.
+pub type AnswerBody = Either<Full<Bytes>, Download>;
+
+/// A request's body on its way up.
+///
+/// Trailer fields are left out, as RFC 9110, section 6.5.1, lets every recipient do: nothing in the
+/// Responses API has any.
+pub(super) struct Upload {
+    body: Incoming,
+    client: Rc<Client>,
+    /// Takes a copy.
+    pub(super) tap: Option<Tap>,
+}
+
+impl Upload {
+    /// The body of `client`'s request, who is told how it fares.
+    pub(super) fn new(body: Incoming, client: Rc<Client>) -> Self {
+        Self {
+            body,
+            client,
+            tap: None,
+        }
+    }
+}
+
+impl Body for Upload {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let data = match frame {
+            Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+            end => {
+                self.client.has_sent_all.set(end.is_none());
+                return Poll::Ready(end);
+            }
+        };
+        self.client
+            .received
+            .set(self.client.received.get() + data.len() as u64);
+        self.client.has_sent_all.set(self.body.is_end_stream());
+        if let Some(tap) = &mut self.tap {
+            tap.data(&data);
+        }
+        Poll::Ready(Some(Ok(Frame::data(data))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// An answer's body on its way down. Dropped before its end, it closes the upstream connection, which is
+/// how the upstream learns that the client has left.
+pub struct Download {
+    body: Incoming,
+    upstream: Rc<Upstream>,
+    record: Record,
+    tap: Option<Tap>,
+    /// Why it breaks off, until what came before is with the client.
+    broken: Option<hyper::Error>,
+}
+
+impl Download {
+    /// The body of an answer that comes over `link`, with a copy to `tap`.
+    pub(super) fn new(
+        body: Incoming,
+        link: Link,
+        upstream: Rc<Upstream>,
+        record: Record,
+        tap: Option<Tap>,
+    ) -> Self {
+        *record.client().link.borrow_mut() = Some(link);
+        let mut download = Self {
+            body,
+            upstream,
+            record,
+            tap,
+            broken: None,
+        };
+        download.finish_at_end(false);
+        download
+    }
+
+    /// Once the body is whole: logs it, and keeps the link. hyper asks for nothing more after that.
+    fn finish_at_end(&mut self, is_over: bool) {
+        if (is_over || self.body.is_end_stream())
+            && let Some(link) = self.record.client().link.take()
+        {
+            self.record.complete();
+            self.tap = None;
+            self.upstream.keep(link);
+        }
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.record.client().link.take();
+    }
+}
+
+impl Body for Download {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        let this = self.get_mut();
+        if this.broken.is_none() {
+            match &mut *this.record.client().link.borrow_mut() {
+                None => return Poll::Ready(None),
+                Some(link) => link.drive(cx),
+            }
+            let frame = ready!(Pin::new(&mut this.body).poll_frame(&mut unwoken()));
+            let data = match frame {
+                Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+                Some(Err(error)) => {
+                    this.record.broken_off(&error);
+                    this.record.client().flush.ask(cx.waker());
+                    this.broken = Some(error);
+                    return Poll::Pending;
+                }
+                None => {
+                    this.finish_at_end(true);
+                    return Poll::Ready(None);
+                }
+            };
+            this.record.sent(data.len() as u64);
+            if let Some(tap) = &mut this.tap {
+                tap.data(&data);
+            }
+            this.finish_at_end(false);
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
+        // hyper drops what it has not flushed when a body fails, so it may do that first.
+        ready!(this.record.client().flush.poll_done(cx));
+        Poll::Ready(this.broken.take().map(Err))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.record.client().link.borrow().is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,86 @@
+//! What a connection and the exchanges over it tell each other.
+
+use std::cell::{Cell, RefCell};
+use std::task::{Context, Poll, Waker};
+
+use hyper::Version;
+use hyper::body::{Body, Incoming};
+
+use crate::upstream::Link;
+
+/// Who is at the other end of a connection, and how far its last request has come.
+#[derive(Default)]
+pub struct Client {
+    /// The uid of the process there, where it was asked for.
+    pub uid: Option<u32>,
+    /// Whether that user may not be served.
+    pub is_refused: bool,
+    /// The version of the last request, if there was one.
+    pub version: Cell<Option<Version>>,
+    /// Whether the body of the last request has come whole.
+    pub has_sent_all: Cell<bool>,
+    /// How many bytes of it have come.
+    pub received: Cell<u64>,
+    /// Of what is written to the client.
+    pub flush: Flush,
+    /// What its answer comes over.
+    pub(super) link: RefCell<Option<Link>>,
+}
+
+impl Client {
+    /// A new connection of this user.
+    #[must_use]
+    pub fn of(uid: Option<u32>, is_refused: bool) -> Self {
+        Self {
+            uid,
+            is_refused,
+            ..Self::default()
+        }
+    }
+
+    /// Its next request has come.
+    pub(super) fn asks(&self, version: Version, body: &Incoming) {
+        self.version.set(Some(version));
+        self.has_sent_all.set(body.is_end_stream());
+        self.received.set(0);
+    }
+
+    /// Sends on what there is of a request whose answer has begun: while that waits for the client to
+    /// read, nobody asks for more of it, and a client may read only when it has sent all.
+    pub fn send_on(&self, cx: &mut Context<'_>) {
+        if let Some(link) = &mut *self.link.borrow_mut()
+            && !(self.has_sent_all.get() && link.is_flushed())
+        {
+            link.drive(cx);
+        }
+    }
+}
+
+/// Lets the body of an answer wait until all that was written has gone out.
+#[derive(Default)]
+pub struct Flush(RefCell<Option<Waker>>);
+
+impl Flush {
+    /// Asks for the next flush.
+    pub(super) fn ask(&self, waker: &Waker) {
+        *self.0.borrow_mut() = Some(waker.clone());
+    }
+
+    /// Waits until it is done.
+    pub(super) fn poll_done(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut *self.0.borrow_mut() {
+            None => Poll::Ready(()),
+            Some(waker) => {
+                waker.clone_from(cx.waker());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// It is done.
+    pub fn done(&self) {
+        if let Some(waker) = self.0.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What both sides of HTTP agree on.
+
+/// The largest head of a request or an answer, in bytes; also what is buffered of a body.
+pub const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// The most headers in a head.
+pub const MAX_HEADERS: usize = 128;

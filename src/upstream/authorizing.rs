@@ -1,0 +1,315 @@
+//! Puts the credential's header line in behind the request line, on the way from hyper to the wire.
+//!
+//! hyper keeps the head that it last wrote in a buffer for the life of a connection and never wipes it.
+//! So the credential is in no header: hyper writes a request without it, and this stream adds the line
+//! from the key's page, as one slice of the same vectored write. TLS encrypts a copy of it in place.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::key::Credential;
+
+/// What all requests begin with: one line that is hyper's to write, and one that is ours.
+pub(super) struct Opening {
+    /// The request line (RFC 9112, section 3), CR LF included.
+    line: Vec<u8>,
+    credential: Credential,
+}
+
+impl Opening {
+    /// Of `POST` requests with this target in origin form.
+    pub(super) fn new(origin_form: &str, credential: Credential) -> Self {
+        Self {
+            line: format!("POST {origin_form} HTTP/1.1\r\n").into_bytes(),
+            credential,
+        }
+    }
+
+    /// What is to be written in place of `bufs` if the first `at` bytes of both lines have been.
+    ///
+    /// # Errors
+    ///
+    /// hyper writes something else than the request line: the credential must not follow that.
+    fn slices<'a>(&'a self, at: usize, bufs: &'a [IoSlice<'_>]) -> io::Result<Vec<IoSlice<'a>>> {
+        let mut line = self.line.get(at..).unwrap_or_default();
+        let begun = at.saturating_sub(self.line.len());
+        let mut credential = Some(&self.credential.header_line()[begun..]);
+        let mut slices = Vec::with_capacity(bufs.len() + 2);
+        for buf in bufs {
+            let (front, rest) = buf.split_at(line.len().min(buf.len()));
+            line = line
+                .strip_prefix(front)
+                .ok_or_else(|| io::Error::other("this is not the request that was announced"))?;
+            slices.push(IoSlice::new(front));
+            if line.is_empty() {
+                slices.extend(credential.take().map(IoSlice::new));
+            }
+            slices.push(IoSlice::new(rest));
+        }
+        Ok(slices)
+    }
+
+    /// Where a write of `written` bytes from `at` leads, and how many of these were hyper's.
+    fn advance(&self, at: usize, written: usize) -> (Option<usize>, usize) {
+        let (line, both) = (self.line.len(), self.length());
+        let end = at + written;
+        let of_line = end.min(line).saturating_sub(at);
+        let behind = end.saturating_sub(both);
+        ((end < both).then_some(end), of_line + behind)
+    }
+
+    fn length(&self) -> usize {
+        self.line.len() + self.credential.header_line().len()
+    }
+}
+
+/// What the stream and whoever sends requests over it tell each other.
+#[derive(Default)]
+pub(super) struct Progress {
+    /// How much of both lines has been written; `None` where what passes is no request's beginning.
+    at: Cell<Option<usize>>,
+    /// Something was to be written since the last flush that succeeded.
+    is_unflushed: Cell<bool>,
+}
+
+impl Progress {
+    /// The next thing that hyper writes is a request.
+    pub(super) fn arm(&self) {
+        self.at.set(Some(0));
+    }
+
+    /// Whether the last request has gone out whole, so that the next bytes can be another.
+    pub(super) fn is_flushed(&self) -> bool {
+        !self.is_unflushed.get()
+    }
+}
+
+/// A stream to the upstream that adds the credential to each request.
+pub(super) struct Authorizing<S> {
+    stream: S,
+    opening: Rc<Opening>,
+    progress: Rc<Progress>,
+}
+
+impl<S> Authorizing<S> {
+    pub(super) fn new(stream: S, opening: Rc<Opening>, progress: Rc<Progress>) -> Self {
+        Self {
+            stream,
+            opening,
+            progress,
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Authorizing<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Authorizing<S> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let mut stream = Pin::new(&mut this.stream);
+        this.progress.is_unflushed.set(true);
+        while let Some(at) = this.progress.at.get() {
+            let slices = this.opening.slices(at, bufs)?;
+            let written = ready!(unless_closed(
+                stream.as_mut().poll_write_vectored(cx, &slices)
+            ))?;
+            let (next, hypers) = this.opening.advance(at, written);
+            this.progress.at.set(next);
+            // If only some of the credential went out, there is nothing to report yet.
+            if hypers > 0 || written == 0 {
+                return Poll::Ready(Ok(hypers));
+            }
+        }
+        unless_closed(stream.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(unless_closed(Pin::new(&mut self.stream).poll_flush(cx)))?;
+        self.progress.is_unflushed.set(false);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// An upstream that answers early and closes makes writing fail while its answer waits to be read. So
+/// such a write just never ends: reading gives first the answer, and then the end.
+fn unless_closed<T>(outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match outcome {
+        Poll::Ready(Err(error)) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
+            Poll::Pending
+        }
+        outcome => outcome,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    const REQUEST: &[u8] = b"POST /v1 HTTP/1.1\r\nhost: up\r\n\r\nbody";
+    const WIRE: &[u8] =
+        b"POST /v1 HTTP/1.1\r\nauthorization: Bearer sk-key\r\nhost: up\r\n\r\nbody";
+
+    fn opening() -> Rc<Opening> {
+        let mut input: &[u8] = b"sk-key\n";
+        let credential = Credential::read(|buffer| io::Read::read(&mut input, buffer)).unwrap();
+        Rc::new(Opening::new("/v1", credential))
+    }
+
+    /// Takes so many bytes a write, and each time says first that it isn't ready.
+    #[derive(Default)]
+    struct Wire {
+        takes: VecDeque<usize>,
+        taken: Vec<u8>,
+        is_ready: bool,
+    }
+
+    impl AsyncWrite for Wire {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            unreachable!("all is written vectored")
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.is_ready = !self.is_ready;
+            if self.is_ready {
+                return Poll::Pending;
+            }
+            let all = bufs
+                .iter()
+                .flat_map(|buf| buf.to_vec())
+                .collect::<Vec<u8>>();
+            let count = self.takes.pop_front().unwrap_or(usize::MAX).min(all.len());
+            self.taken.extend_from_slice(&all[..count]);
+            Poll::Ready(Ok(count))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// Writes all of `pieces` as hyper would: what is left of them, until nothing is.
+    fn write(stream: &mut Authorizing<Wire>, pieces: &[&[u8]]) -> io::Result<()> {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut pieces: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut left = pieces.as_mut_slice();
+        while left.iter().any(|piece| !piece.is_empty()) {
+            match Pin::new(&mut *stream).poll_write_vectored(&mut cx, left) {
+                Poll::Pending => assert!(!stream.progress.is_flushed()),
+                Poll::Ready(count) => IoSlice::advance_slices(&mut left, count?),
+            }
+        }
+        assert!(Pin::new(&mut *stream).poll_flush(&mut cx).is_ready());
+        assert!(stream.progress.is_flushed());
+        Ok(())
+    }
+
+    #[test]
+    fn the_line_stands_behind_the_request_line_however_it_is_written() {
+        let opening = opening();
+        let check = |pieces: &[&[u8]], takes: &[usize]| {
+            let progress = Rc::new(Progress::default());
+            let wire = Wire {
+                takes: takes.iter().copied().collect(),
+                ..Wire::default()
+            };
+            let mut stream = Authorizing::new(wire, Rc::clone(&opening), Rc::clone(&progress));
+            // The second request takes the same way, and what is between them none.
+            for _ in 0..2 {
+                progress.arm();
+                write(&mut stream, pieces).unwrap();
+                write(&mut stream, &[b"more"]).unwrap();
+            }
+            let expected = [WIRE, b"more", WIRE, b"more"].concat();
+            let name = format!("{pieces:?} {takes:?}");
+            assert_eq!(
+                stream.stream.taken.escape_ascii().to_string(),
+                expected.escape_ascii().to_string(),
+                "{name}"
+            );
+        };
+        for first in 0..=REQUEST.len() {
+            let (front, rest) = REQUEST.split_at(first);
+            for second in 0..=rest.len() {
+                let (middle, end) = rest.split_at(second);
+                check(&[front, middle, end], &[]);
+            }
+            // Every two short writes, in the middle of the key among them.
+            for short in 1..=WIRE.len() {
+                check(&[front, rest], &[short, first.max(1)]);
+            }
+        }
+        check(&[REQUEST], &[1; 200]);
+    }
+
+    #[test]
+    fn nothing_is_added_to_what_is_not_the_request() {
+        let opening = opening();
+        for other in [
+            "POST /v2 HTTP/1.1\r\n\r\n",
+            "GET /v1 HTTP/1.1\r\n\r\n",
+            "rest of a body",
+        ] {
+            let progress = Rc::new(Progress::default());
+            let mut stream =
+                Authorizing::new(Wire::default(), Rc::clone(&opening), Rc::clone(&progress));
+            progress.arm();
+            write(&mut stream, &[other.as_bytes()]).expect_err(other);
+            assert!(
+                !stream
+                    .stream
+                    .taken
+                    .windows(6)
+                    .any(|window| window == b"sk-key"),
+                "{other}"
+            );
+        }
+    }
+}

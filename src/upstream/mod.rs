@@ -1,0 +1,151 @@
+//! What goes out: headers and a body come in, and a request with the credential goes up; its answer leaves,
+//! with the [`Link`] that it comes over.
+
+mod authorizing;
+mod connector;
+mod failure;
+mod link;
+mod pool;
+pub mod proxy;
+pub mod target;
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::Poll;
+
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use tokio::task::yield_now;
+
+use self::authorizing::Opening;
+pub use self::connector::Connector;
+pub use self::failure::Failure;
+pub use self::link::{Link, RequestBody, unwoken};
+use self::pool::Pool;
+use self::target::Target;
+use crate::key::Credential;
+
+/// The upstream, and the links to it that are kept.
+pub struct Upstream {
+    connector: Connector,
+    opening: Rc<Opening>,
+    /// The target of every request.
+    origin_form: Uri,
+    /// The value of every request's `Host`.
+    pub host: HeaderValue,
+    pool: Pool,
+}
+
+impl Upstream {
+    /// With no connection yet.
+    #[must_use]
+    pub fn new(target: Target, connector: Connector, credential: Credential) -> Self {
+        Self {
+            connector,
+            opening: Rc::new(Opening::new(&target.origin_form.to_string(), credential)),
+            origin_form: target.origin_form,
+            host: target.host_header,
+            pool: Pool::default(),
+        }
+    }
+
+    /// Does what the first connection would have to wait for, and then drops links that get too old.
+    /// Never ends.
+    pub async fn keep_up(&self) {
+        self.connector.warm_up();
+        self.pool.sweep().await;
+    }
+
+    /// Sends a request over an idle link or a new one and waits for the head of its answer.
+    ///
+    /// A request of which anything was sent is never sent again: it is not idempotent (RFC 9110,
+    /// section 9.2.2).
+    ///
+    /// # Errors
+    ///
+    /// There is no answer, or none that can be passed on.
+    pub async fn send(
+        &self,
+        headers: HeaderMap,
+        body: RequestBody,
+    ) -> Result<(Link, Response<Incoming>), Failure> {
+        let mut request = Request::new(body);
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.origin_form.clone();
+        *request.headers_mut() = headers;
+        loop {
+            let kept = self.take();
+            let is_kept = kept.is_some();
+            let mut link = match kept {
+                Some(link) => link,
+                // Boxed, so that only those who connect have its memory.
+                None => match Box::pin(self.connector.connect()).await {
+                    Ok(stream) => Link::new(stream, Rc::clone(&self.opening)).await?,
+                    Err(failure) => {
+                        discard(request.body_mut()).await;
+                        return Err(failure);
+                    }
+                },
+            };
+            match link.send(request).await {
+                Ok(answer) => return Ok((link, checked(answer)?)),
+                Err(mut error) => match error.take_message() {
+                    // The link has ended since it was looked at.
+                    Some(unsent) if is_kept => request = unsent,
+                    _ => return Err(error.into_error().into()),
+                },
+            }
+        }
+    }
+
+    /// The idle link used last that is still open.
+    fn take(&self) -> Option<Link> {
+        std::iter::from_fn(|| self.pool.take()).find_map(|mut link| link.is_idle().then_some(link))
+    }
+
+    /// Keeps a link whose answer is whole, if it can be used again.
+    pub fn keep(&self, mut link: Link) {
+        if link.is_idle() {
+            self.pool.keep(link);
+        }
+    }
+}
+
+/// Takes what has come of a request's body that goes nowhere: if that is all, its connection can go on.
+pub async fn discard(mut body: impl Body + Unpin) {
+    // hyper reads what it was asked for when it has its turn, which is in between.
+    for _ in 0..2 {
+        poll_fn(|cx| {
+            while let Poll::Ready(Some(Ok(_))) = Pin::new(&mut body).poll_frame(cx) {}
+            Poll::Ready(())
+        })
+        .await;
+        yield_now().await;
+    }
+}
+
+/// Looks at how an answer is framed: that header ends here, so what it says must have been done.
+fn checked(mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Failure::protocol("an upgrade that nobody asked for".into()));
+    }
+    let mut codings = answer.headers().get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => {}
+        (Some(coding), None)
+            if coding.as_bytes().eq_ignore_ascii_case(b"chunked")
+                && answer.version() == Version::HTTP_11 =>
+        {
+            // Chunks go before a length (RFC 9112, section 6.3).
+            answer.headers_mut().remove(CONTENT_LENGTH);
+        }
+        _ => {
+            return Err(Failure::protocol(
+                "a transfer coding other than chunked".into(),
+            ));
+        }
+    }
+    Ok(answer)
+}
