@@ -18,7 +18,7 @@ mod linux {
         client::Client,
         is_root,
         linux::{Mount, limit_descriptors, with_mounts},
-        proxy::Launch,
+        proxy::{Launch, Proxy},
         skip,
         upstream::Upstream,
     };
@@ -35,6 +35,16 @@ mod linux {
 
     fn dumping(upstream: &Upstream, folder: &Path) -> Launch {
         Launch::to(upstream).arg("--dump-dir").arg(folder)
+    }
+
+    /// Waits until neither file of an exchange could be written, in whichever order.
+    fn wait_for_complaints(proxy: &mut Proxy, exchange: &str) {
+        let mut kinds = vec!["-request.json", "-response.json"];
+        proxy.wait_for_line(|line| {
+            let is_this = line.contains("cannot write") && line.contains(exchange);
+            kinds.retain(|kind| !(is_this && line.contains(kind)));
+            kinds.is_empty()
+        });
     }
 
     #[test]
@@ -59,17 +69,13 @@ mod linux {
         let large = vec![b'x'; MIB];
         client.post("", &large).unwrap();
         assert_eq!(client.response().unwrap().body, large);
-        for kind in ["-request.json", "-response.json"] {
-            proxy.wait_for_line(|line| line.contains("cannot write") && line.contains(kind));
-        }
+        wait_for_complaints(&mut proxy, "/000001-");
         // What couldn't be written takes no room either, so the next one can be.
         client.post("", b"small").unwrap();
         assert_eq!(client.response().unwrap().body, b"small");
         client.post("", &large).unwrap();
         assert_eq!(client.response().unwrap().body, large);
-        for kind in ["-request.json", "-response.json"] {
-            proxy.wait_for_line(|line| line.contains("/000003-") && line.contains(kind));
-        }
+        wait_for_complaints(&mut proxy, "/000003-");
         let inside: PathBuf = format!("/proc/{}/root", proxy.pid()).into();
         let inside = inside.join(dumps.strip_prefix("/").unwrap());
         let mut names: Vec<_> = fs::read_dir(inside)

@@ -199,7 +199,7 @@ impl Proxy {
     }
 
     /// Waits for a line on stderr like this one.
-    pub(crate) fn wait_for_line(&mut self, like: impl Fn(&str) -> bool) -> String {
+    pub(crate) fn wait_for_line(&mut self, mut like: impl FnMut(&str) -> bool) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
