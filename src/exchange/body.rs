@@ -10,6 +10,7 @@ use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use super::client::Client;
 use super::dump::Tap;
 use super::record::Record;
+use crate::log::with_sources;
 use crate::upstream::{Link, Upstream, unwoken};
 
 /// The body of an answer to a client: our own words, or the upstream's.
@@ -109,7 +110,7 @@ impl Download {
         if (is_over || self.body.is_end_stream())
             && let Some(link) = self.record.client().link.take()
         {
-            self.record.complete();
+            self.record.ended(None);
             self.tap = None;
             self.upstream.keep(link);
         }
@@ -140,7 +141,9 @@ impl Body for Download {
             let data = match frame {
                 Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
                 Some(Err(error)) => {
-                    this.record.broken_off(&error);
+                    let detail = with_sources(&error);
+                    this.record
+                        .ended(Some(format!("answer broken off: {detail}")));
                     this.record.client().flush.ask(cx.waker());
                     this.broken = Some(error);
                     return Poll::Pending;
@@ -150,7 +153,7 @@ impl Body for Download {
                     return Poll::Ready(None);
                 }
             };
-            this.record.sent(data.len() as u64);
+            this.record.sent(data.len());
             if let Some(tap) = &mut this.tap {
                 tap.data(&data);
             }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{AUTHORIZATION, HeaderMap};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -24,6 +24,9 @@ const MAX_BODY: usize = 16 << 20;
 /// How much of all bodies together may wait for their end or for the disk, in bytes. An exchange that
 /// would need more isn't dumped.
 const MAX_WAITING: u32 = 64 << 20;
+
+/// What a dump and each piece of its body take beside that, in bytes, roughly.
+const OVERHEAD: u32 = 1 << 10;
 
 /// What the value of `Authorization` is in a dump: not even the client's own is anyone's to read.
 const REDACTED: &str = "[REDACTED]";
@@ -64,15 +67,44 @@ impl Dumper {
         })
     }
 
-    /// A new exchange.
-    pub(super) fn exchange(&self) -> Exchange {
+    /// What the names of a new exchange's files begin with.
+    pub(super) fn next_exchange(&self) -> PathBuf {
         let number = self.next.replace(self.next.get() + 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let milliseconds = now.map_or(0, |now| now.as_millis());
-        Exchange {
-            prefix: self.folder.join(format!("{number:06}-{milliseconds}")),
+        self.folder.join(format!("{number:06}-{milliseconds}"))
+    }
+
+    /// Begins the dump of one side of an exchange, of whose head this is known beside its headers.
+    pub(super) fn begin(
+        &self,
+        exchange: &Path,
+        kind: &str,
+        mut head: Value,
+        headers: &HeaderMap,
+    ) -> Tap {
+        // A list, since a name may come more than once.
+        head["headers"] = headers
+            .iter()
+            .map(|(name, value)| {
+                let value = match name {
+                    &AUTHORIZATION => REDACTED.into(),
+                    _ => String::from_utf8_lossy(value.as_bytes()),
+                };
+                json!({ "name": name.as_str(), "value": value })
+            })
+            .collect();
+        let mut path = exchange.as_os_str().to_owned();
+        path.push(format!("-{kind}.json"));
+        let mut tap = Tap {
+            path: path.into(),
+            head,
+            body: Vec::new(),
             room: Arc::clone(&self.room),
-        }
+            held: None,
+        };
+        tap.hold(0);
+        tap
     }
 
     /// Waits until all is written that will be.
@@ -81,61 +113,13 @@ impl Dumper {
     }
 }
 
-/// The two files of one exchange.
-pub(super) struct Exchange {
-    prefix: PathBuf,
-    room: Arc<Semaphore>,
-}
-
-impl Exchange {
-    /// Begins the dump of the request.
-    pub(super) fn request(&self, method: &str, url: &str, headers: &HeaderMap) -> Tap {
-        let head = [("method", json!(method)), ("url", json!(url))];
-        self.begin("request", &head, headers)
-    }
-
-    /// Begins the dump of the answer.
-    pub(super) fn response(&self, status: u16, headers: &HeaderMap) -> Tap {
-        self.begin("response", &[("status", json!(status))], headers)
-    }
-
-    fn begin(&self, kind: &str, head: &[(&str, Value)], headers: &HeaderMap) -> Tap {
-        let mut path = self.prefix.clone().into_os_string();
-        path.push(format!("-{kind}.json"));
-        // Headers are a list, since a name may come more than once.
-        let entry = |(name, value): (&HeaderName, &HeaderValue)| match name {
-            &AUTHORIZATION => json!({ "name": name.as_str(), "value": REDACTED }),
-            _ => {
-                json!({ "name": name.as_str(), "value": String::from_utf8_lossy(value.as_bytes()) })
-            }
-        };
-        let headers = ("headers", headers.iter().map(entry).collect());
-        let mut text = String::from("{\n");
-        for (name, value) in head.iter().chain([&headers]) {
-            text.push_str(&format!("  \"{name}\": {value},\n"));
-        }
-        let mut tap = Tap {
-            path: path.into(),
-            head: text,
-            body: Vec::new(),
-            is_truncated: false,
-            room: Arc::clone(&self.room),
-            held: None,
-        };
-        tap.hold(tap.head.len());
-        tap
-    }
-}
-
 /// Takes a copy of a body on its way. Dropping it writes the file.
 pub(super) struct Tap {
     path: PathBuf,
-    /// The file's text up to its body.
-    head: String,
+    head: Value,
     body: Vec<u8>,
-    is_truncated: bool,
     room: Arc<Semaphore>,
-    /// The room that head and body take; `None` if there wasn't enough.
+    /// The room that the body takes; `None` if there wasn't enough.
     held: Option<OwnedSemaphorePermit>,
 }
 
@@ -143,21 +127,23 @@ impl Tap {
     /// The body goes on with this.
     pub(super) fn data(&mut self, data: &[u8]) {
         let kept = data.len().min(MAX_BODY - self.body.len());
-        self.is_truncated |= kept < data.len();
+        if kept < data.len() {
+            self.head["truncated"] = true.into();
+        }
         if self.held.is_some() && self.hold(kept) {
             self.body.extend_from_slice(&data[..kept]);
         }
     }
 
-    /// Takes room for so many more bytes; without it, lets go of all.
+    /// Takes room for so many more bytes, and a little for the head; without it, lets go of all.
     fn hold(&mut self, bytes: usize) -> bool {
-        let more = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let more = u32::try_from(bytes).map_or(u32::MAX, |bytes| bytes.saturating_add(OVERHEAD));
         match (
             Arc::clone(&self.room).try_acquire_many_owned(more),
             &mut self.held,
         ) {
             (Ok(more), Some(held)) => held.merge(more),
-            (Ok(more), none) => *none = Some(more),
+            (Ok(more), held) => *held = Some(more),
             (Err(_), held) => {
                 *held = None;
                 self.body = Vec::new();
@@ -174,17 +160,10 @@ impl Tap {
 impl Drop for Tap {
     fn drop(&mut self) {
         let Some(held) = self.held.take() else { return };
-        let path = std::mem::take(&mut self.path);
-        let head = std::mem::take(&mut self.head);
+        let (path, head) = (std::mem::take(&mut self.path), self.head.take());
         let body = std::mem::take(&mut self.body);
-        let truncated = if self.is_truncated {
-            "  \"truncated\": true,\n"
-        } else {
-            ""
-        };
         tokio::task::spawn_blocking(move || {
-            let text = format!("{head}{truncated}  \"body\": {}\n}}\n", as_json(&body));
-            if let Err(error) = write(&path, &text) {
+            if let Err(error) = write(&path, &as_text(&head, &body)) {
                 log::line(format_args!("cannot write {}: {error}", path.display()));
             }
             drop(held);
@@ -192,12 +171,15 @@ impl Drop for Tap {
     }
 }
 
-/// A body as it came where it is JSON, else as a JSON string; what is not UTF-8 becomes U+FFFD.
-fn as_json(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    match serde_json::from_str::<&RawValue>(&text) {
-        Ok(_) => text.into_owned(),
-        Err(_) => json!(text).to_string(),
+/// A file's text. The body is in there as it came where it is JSON, else as a JSON string; what is not
+/// UTF-8 becomes U+FFFD.
+fn as_text(head: &Value, body: &[u8]) -> String {
+    let mut text = format!("{head:#}");
+    text.truncate(text.trim_end_matches("\n}").len());
+    let body = String::from_utf8_lossy(body);
+    match serde_json::from_str::<&RawValue>(&body) {
+        Ok(_) => text + &format!(",\n  \"body\": {body}\n}}\n"),
+        Err(_) => text + &format!(",\n  \"body\": {}\n}}\n", json!(body)),
     }
 }
 
@@ -231,7 +213,9 @@ mod tests {
             (b"\"a\xffb\"", "\"a\u{fffd}b\""),
         ];
         for (body, expected) in cases {
-            assert_eq!(as_json(body), expected);
+            let text = as_text(&json!({ "a": 1 }), body);
+            let expected = format!("{{\n  \"a\": 1,\n  \"body\": {expected}\n}}\n");
+            assert_eq!(text, expected);
         }
     }
 }

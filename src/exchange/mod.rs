@@ -16,6 +16,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
+use serde_json::json;
 
 use self::body::Upload;
 pub use self::body::{AnswerBody, Download};
@@ -81,10 +82,13 @@ impl Proxy {
         head: Parts,
         mut upload: Upload,
     ) -> Response<AnswerBody> {
-        let dump = self.dumper.as_ref().map(Dumper::exchange);
-        upload.tap = dump.as_ref().map(|dump| {
-            let (method, url) = (head.method.as_str(), head.uri.to_string());
-            dump.request(method, &url, &head.headers)
+        let dump = self
+            .dumper
+            .as_ref()
+            .map(|dumper| (dumper, dumper.next_exchange()));
+        upload.tap = dump.as_ref().map(|(dumper, exchange)| {
+            let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
+            dumper.begin(exchange, "request", about, &head.headers)
         });
         let mut record = Record::new(Rc::clone(client));
         let headers = headers::for_upstream(head.headers, &self.upstream.host);
@@ -93,7 +97,14 @@ impl Proxy {
                 let (head, body) = answer.into_parts();
                 let status = head.status.as_u16();
                 record.status(status);
-                let tap = dump.map(|dump| dump.response(status, &head.headers));
+                let tap = dump.map(|(dumper, exchange)| {
+                    dumper.begin(
+                        &exchange,
+                        "response",
+                        json!({ "status": status }),
+                        &head.headers,
+                    )
+                });
                 let upstream = Rc::clone(&self.upstream);
                 let download = Download::new(body, link, upstream, record, tap);
                 let mut response = Response::new(Either::Right(download));
@@ -131,6 +142,7 @@ fn fail(mut record: Record, failure: Failure) -> Response<AnswerBody> {
         message,
         detail,
     } = failure;
-    record.failed(status.as_u16(), format!("{message}: {detail}"));
+    record.status(status.as_u16());
+    record.ended(Some(format!("{message}: {detail}")));
     error_response(status, code, message)
 }

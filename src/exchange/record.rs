@@ -4,25 +4,16 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use super::client::Client;
-use crate::log::{self, Uid, with_sources};
-
-/// How an exchange ended.
-enum End {
-    /// The client left before the answer, or before its end. Also what is so until something else is.
-    ClientLeft,
-    /// With the whole answer.
-    Complete,
-    /// Something failed; the detail is for the log alone.
-    Failed(String),
-}
+use crate::log::{self, Uid};
 
 /// What is logged of one forwarded request, when it is over, however it ends.
 pub(super) struct Record {
     client: Rc<Client>,
     started: Instant,
     status: u16,
-    sent: u64,
-    end: End,
+    sent: usize,
+    /// Why it isn't complete; the detail is for the log alone.
+    error: Option<String>,
 }
 
 impl Record {
@@ -33,7 +24,8 @@ impl Record {
             started: Instant::now(),
             status: 0,
             sent: 0,
-            end: End::ClientLeft,
+            // So it is until something else is.
+            error: Some("client left".into()),
         }
     }
 
@@ -48,24 +40,13 @@ impl Record {
     }
 
     /// So many bytes of the answer's body have come.
-    pub(super) fn sent(&mut self, bytes: u64) {
+    pub(super) fn sent(&mut self, bytes: usize) {
         self.sent += bytes;
     }
 
-    /// The answer is whole.
-    pub(super) fn complete(&mut self) {
-        self.end = End::Complete;
-    }
-
-    /// The upstream broke its answer off.
-    pub(super) fn broken_off(&mut self, error: &hyper::Error) {
-        self.end = End::Failed(format!("answer broken off: {}", with_sources(error)));
-    }
-
-    /// There was no answer.
-    pub(super) fn failed(&mut self, status: u16, detail: String) {
-        self.status = status;
-        self.end = End::Failed(detail);
+    /// The answer is whole, or something failed.
+    pub(super) fn ended(&mut self, error: Option<String>) {
+        self.error = error;
     }
 }
 
@@ -74,13 +55,12 @@ impl Drop for Record {
         let (uid, status, sent) = (Uid(self.client.uid), self.status, self.sent);
         let milliseconds = self.started.elapsed().as_millis();
         let received = self.client.received.get();
-        let figures = format_args!(
-            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}"
-        );
-        match &self.end {
-            End::Complete => log::line(format_args!("{figures}")),
-            End::ClientLeft => log::line(format_args!("{figures} error=\"client left\"")),
-            End::Failed(detail) => log::line(format_args!("{figures} error={detail:?}")),
-        }
+        let error = self.error.as_ref();
+        let error = error
+            .map(|error| format!(" error={error:?}"))
+            .unwrap_or_default();
+        log::line(format_args!(
+            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}"
+        ));
     }
 }

@@ -14,6 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
@@ -70,27 +71,25 @@ impl Connector {
         let transport = match proxy {
             None => Transport::Direct(http),
             Some(proxy) => {
-                let tunnel = Tunnel::new(proxy.uri().clone(), http);
-                Transport::Tunnel(match proxy.basic_auth() {
-                    Some(auth) => tunnel.with_auth(auth.clone()),
-                    None => tunnel,
-                })
+                let mut tunnel = Tunnel::new(proxy.uri().clone(), http);
+                if let Some(auth) = proxy.basic_auth() {
+                    tunnel = tunnel.with_auth(auth.clone());
+                }
+                Transport::Tunnel(tunnel)
             }
         };
-        let config = client_config(ca_file)?;
-        let tls = match &target.tls_name {
-            None => None,
-            Some(name) => {
-                let name = ServerName::try_from(name.clone()).map_err(|_| {
-                    "--upstream-url has a host that no certificate can be issued for".to_owned()
-                })?;
-                Some((TlsConnector::from(Arc::new(config)), name))
-            }
-        };
+        let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
+        let name = target
+            .tls_name
+            .clone()
+            .map(ServerName::try_from)
+            .transpose();
+        let name =
+            name.map_err(|_| "--upstream-url has a host that no certificate can be issued for")?;
         Ok(Self {
             origin: target.origin.clone(),
             transport,
-            tls,
+            tls: name.map(|name| (tls, name)),
         })
     }
 
@@ -114,48 +113,39 @@ impl Connector {
     ///
     /// The step that failed.
     pub(super) async fn connect(&self) -> Result<Stream, Failure> {
-        match tokio::time::timeout(CONNECT_TIMEOUT, self.connect_unbounded()).await {
-            Ok(outcome) => outcome,
-            Err(elapsed) => Err(Failure {
+        let connecting = timeout(CONNECT_TIMEOUT, self.connect_unbounded());
+        connecting.await.unwrap_or_else(|elapsed| {
+            let message = "connecting to the upstream took longer than 10 s (connect)";
+            Err(Failure {
                 status: StatusCode::GATEWAY_TIMEOUT,
-                ..Failure::unreachable(
-                    "connecting to the upstream took longer than 10 s (connect)",
-                    &elapsed,
-                )
-            }),
-        }
+                ..Failure::unreachable(message)(elapsed)
+            })
+        })
     }
 
     async fn connect_unbounded(&self) -> Result<Stream, Failure> {
         let origin = self.origin.clone();
         let tcp = match &self.transport {
-            Transport::Direct(http) => http
-                .clone()
-                .call(origin)
-                .await
-                .map_err(|error| unreachable(&error)),
-            Transport::Tunnel(tunnel) => tunnel.clone().call(origin).await.map_err(|error| {
+            Transport::Direct(http) => http.clone().call(origin).await.map_err(no_socket)?,
+            Transport::Tunnel(tunnel) => {
                 let message = "the proxy on the way to the upstream made no tunnel (proxy)";
-                Failure::unreachable(message, &error)
-            }),
-        }?
-        .into_inner();
-        let Some((tls, name)) = &self.tls else {
-            // The name was one of loopback, but a name is only a name.
-            let address = tcp.peer_addr().map_err(|error| unreachable(&error))?;
-            if !address.ip().to_canonical().is_loopback() {
-                let error = io::Error::other(format!("{address} is not this machine's loopback"));
-                return Err(Failure::unreachable(NO_SOCKET, &error));
-            }
-            return Ok(Box::new(tcp));
-        };
-        match tls.connect(name.clone(), tcp).await {
-            Ok(stream) => Ok(Box::new(stream)),
-            Err(error) => {
-                let message = "no secure connection to the upstream could be made (TLS)";
-                Err(Failure::unreachable(message, &error))
+                let tunnel = tunnel.clone().call(origin).await;
+                tunnel.map_err(Failure::unreachable(message))?
             }
         }
+        .into_inner();
+        if let Some((tls, name)) = &self.tls {
+            let message = "no secure connection to the upstream could be made (TLS)";
+            let stream = tls.connect(name.clone(), tcp).await;
+            return Ok(Box::new(stream.map_err(Failure::unreachable(message))?));
+        }
+        // The name was one of loopback, but a name is only a name.
+        let address = tcp.peer_addr().map_err(no_socket)?;
+        if !address.ip().to_canonical().is_loopback() {
+            let error = io::Error::other(format!("{address} is not this machine's loopback"));
+            return Err(Failure::unreachable(NO_SOCKET)(error));
+        }
+        Ok(Box::new(tcp))
     }
 }
 
@@ -164,41 +154,25 @@ const NO_SOCKET: &str = "the upstream could not be reached (connect)";
 
 /// No socket to the upstream, or no address. A name that isn't found is told by having no error number:
 /// getaddrinfo(3) has codes of its own, and whatever fails behind it has one.
-fn unreachable(error: &(dyn Error + 'static)) -> Failure {
-    let mut causes = std::iter::successors(Some(error), |&error| error.source());
+fn no_socket<E: Error + 'static>(error: E) -> Failure {
+    let mut causes = std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| {
+        error.source()
+    });
     let cause = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
-    let message = match cause.map(io::Error::raw_os_error) {
+    Failure::unreachable(match cause.map(io::Error::raw_os_error) {
         Some(None) => "the upstream's name could not be resolved (DNS)",
         _ => NO_SOCKET,
-    };
-    Failure::unreachable(message, error)
+    })(error)
 }
 
 /// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`; HTTP/1.1 is all that is spoken.
 fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore {
-        roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
-    };
+    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     if let Some(path) = ca_file {
-        let unusable = |what: &str| {
-            format!(
-                "--upstream-ca {}: {what}; give a file with one or more PEM certificates",
-                path.display()
-            )
-        };
-        let certificates =
-            CertificateDer::pem_file_iter(path).map_err(|error| unusable(&error.to_string()))?;
-        let mut count = 0;
-        for certificate in certificates {
-            let certificate = certificate.map_err(|error| unusable(&error.to_string()))?;
-            roots
-                .add(certificate)
-                .map_err(|error| unusable(&error.to_string()))?;
-            count += 1;
-        }
-        if count == 0 {
-            return Err(unusable("no certificate found"));
-        }
+        add_roots(path, &mut roots).map_err(|what| {
+            let path = path.display();
+            format!("--upstream-ca {path}: {what}; give a file with one or more PEM certificates")
+        })?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -208,4 +182,16 @@ fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// Adds the certificates in a PEM file.
+fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error>> {
+    let before = roots.len();
+    for certificate in CertificateDer::pem_file_iter(path)? {
+        roots.add(certificate?)?;
+    }
+    match roots.len() - before {
+        0 => Err("no certificate found".into()),
+        _ => Ok(()),
+    }
 }

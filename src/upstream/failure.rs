@@ -21,21 +21,21 @@ pub struct Failure {
 
 impl Failure {
     /// No connection, so nothing was sent.
-    pub(super) fn unreachable(message: &'static str, error: &(dyn Error + 'static)) -> Self {
-        Self {
+    pub(super) fn unreachable<E: Error + 'static>(message: &'static str) -> impl Fn(E) -> Self {
+        move |error| Self {
             status: StatusCode::BAD_GATEWAY,
             code: "upstream_unreachable",
             message,
-            detail: with_sources(error),
+            detail: with_sources(&error),
         }
     }
 
-    /// An answer that can't be passed on, or none: what came has no meaning here.
-    pub(super) fn protocol(detail: String) -> Self {
+    /// No answer, or one that can't be passed on.
+    pub(super) fn protocol(message: &'static str, detail: String) -> Self {
         Self {
             status: StatusCode::BAD_GATEWAY,
             code: "upstream_failed",
-            message: "the upstream gave no answer that can be passed on (protocol)",
+            message,
             detail,
         }
     }
@@ -44,22 +44,20 @@ impl Failure {
 impl From<hyper::Error> for Failure {
     /// An exchange that failed after a part of the request may have been sent.
     fn from(error: hyper::Error) -> Self {
-        let failure = Self::protocol(with_sources(&error));
+        let detail = with_sources(&error);
         if error.is_user() {
             // What hyper was given to send, that is: the client's body.
             return Self {
                 status: StatusCode::BAD_REQUEST,
                 code: "malformed_request",
                 message: "the request's body broke off or is malformed",
-                ..failure
+                detail,
             };
         }
-        if error.is_parse() {
-            return failure;
-        }
-        Self {
-            message: "the upstream closed the connection before it answered (protocol)",
-            ..failure
-        }
+        let message = match error.is_parse() {
+            true => "the upstream's answer is not HTTP that can be passed on (protocol)",
+            false => "the upstream closed the connection before it answered (protocol)",
+        };
+        Self::protocol(message, detail)
     }
 }

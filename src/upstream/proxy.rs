@@ -24,15 +24,16 @@ pub fn outbound_proxy(
     complain: impl FnOnce(String),
 ) -> Result<Option<Intercept>, String> {
     let lookup = |upper: &str| -> Result<(String, String), String> {
-        for name in [upper.to_owned(), upper.to_ascii_lowercase()] {
-            if let Some(value) = variable(&name).filter(|value| !value.is_empty()) {
-                let value = value
-                    .into_string()
-                    .map_err(|_| format!("{name} is not UTF-8: correct or unset it"))?;
-                return Ok((name, value));
-            }
+        let names = [upper.to_owned(), upper.to_ascii_lowercase()];
+        let mut values = names
+            .into_iter()
+            .filter_map(|name| Some((variable(&name)?, name)));
+        let found = values.find(|(value, _)| !value.is_empty());
+        let (value, name) = found.unwrap_or_default();
+        match value.into_string() {
+            Ok(value) => Ok((name, value)),
+            Err(_) => Err(format!("{name} is not UTF-8: correct or unset it")),
         }
-        Ok((upper.to_owned(), String::new()))
     };
     let https = lookup("HTTPS_PROXY")?;
     let all = lookup("ALL_PROXY")?;
@@ -60,51 +61,34 @@ pub fn outbound_proxy(
 
 /// Whether the value of a proxy variable is one that this program can follow to the letter.
 fn check_proxy(name: &str, value: &str) -> Result<(), String> {
-    if value.is_empty() {
-        return Ok(());
-    }
-    let advice = "use a URL such as http://proxy.example:3128, or unset it";
-    let uri: Uri = value
-        .parse()
-        .map_err(|_| format!("{name} is not a usable URL: {advice}"))?;
-    if uri.scheme_str().is_some_and(|scheme| scheme != "http") {
-        return Err(format!(
-            "{name} names a kind of proxy other than http://: {advice}"
-        ));
-    }
-    match uri
-        .authority()
-        .and_then(|authority| usable_port(authority, 80))
-    {
-        Some(_) => Ok(()),
-        None => Err(format!(
-            "{name} has no host, or a port that is none: {advice}"
+    let uri = value.parse::<Uri>();
+    let is_http = |uri: &Uri| uri.scheme_str().is_none_or(|scheme| scheme == "http");
+    let has_host = |uri: &Uri| {
+        uri.authority()
+            .and_then(|authority| usable_port(authority, 80))
+            .is_some()
+    };
+    match uri {
+        _ if value.is_empty() => Ok(()),
+        Ok(uri) if is_http(&uri) && has_host(&uri) => Ok(()),
+        _ => Err(format!(
+            "{name} is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
         )),
     }
 }
 
 /// Whether hyper-util's matcher gives the entry the meaning that its author had in mind.
 fn is_no_proxy_entry(entry: &str) -> bool {
-    let is_network = |entry: &str| {
-        entry.split_once('/').is_some_and(|(address, prefix)| {
-            let bits = match address.parse() {
-                Ok(IpAddr::V4(_)) => 32,
-                Ok(IpAddr::V6(_)) => 128,
-                Err(_) => return false,
-            };
-            prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
-        })
+    let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
+    let is_network = |(address, prefix): (&str, &str)| {
+        let bits = if address.contains(':') { 128 } else { 32 };
+        is_address(address) && prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
     };
-    let is_name = || {
-        entry
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
-    };
-    entry.is_empty()
-        || entry == "*"
-        || entry.parse::<IpAddr>().is_ok()
-        || is_network(entry)
-        || is_name()
+    let is_in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    entry == "*"
+        || entry.bytes().all(is_in_name)
+        || is_address(entry)
+        || entry.split_once('/').is_some_and(is_network)
 }
 
 #[cfg(test)]

@@ -26,60 +26,48 @@ impl Target {
     ///
     /// A sentence that doesn't repeat the URL, which may hold a secret that someone put there.
     pub fn parse(url: &str) -> Result<Self, String> {
-        let url = url.trim();
+        Self::take_apart(url.trim()).map_err(|what| format!("--upstream-url {what}"))
+    }
+
+    fn take_apart(url: &str) -> Result<Self, &'static str> {
         if url.contains('#') {
-            return Err(
-                "--upstream-url has a fragment ('#'), which no server is ever sent: leave it out"
-                    .into(),
-            );
+            return Err("has a fragment ('#'), which no server is ever sent: leave it out");
         }
-        let uri: Uri = url.parse().map_err(|error| {
-            format!("--upstream-url is not a usable URL ({error}): give one such as https://api.openai.com/v1/responses")
-        })?;
+        let example = "must be a URL such as https://api.openai.com/v1/responses";
+        let uri: Uri = url.parse().map_err(|_| example)?;
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return Err(
-                "--upstream-url must be absolute, such as https://api.openai.com/v1/responses"
-                    .into(),
-            );
+            return Err(example);
         };
         if authority.as_str().contains('@') {
-            return Err(
-                "--upstream-url has user info ('@'): leave it out, the key comes from stdin".into(),
-            );
+            return Err("has user info ('@'): leave it out, the key comes from stdin");
         }
         let host = authority.host().to_ascii_lowercase();
-        let bare_host = host.trim_start_matches('[').trim_end_matches(']');
-        let (scheme, default_port) = match scheme.to_ascii_lowercase().as_str() {
-            "https" => ("https", 443),
-            "http" if is_loopback(bare_host) => ("http", 80),
+        let bare_host = host.trim_matches(['[', ']']);
+        let default_port = match scheme {
+            "https" => 443,
+            "http" if is_loopback(bare_host) => 80,
             "http" => {
-                return Err("--upstream-url is http:// to another host, which would show the key to the network: \
-                            use https:// (http:// is only for loopback hosts)"
-                    .into());
-            }
-            _ => {
                 return Err(
-                    "--upstream-url must begin with https:// (or http:// to a loopback host)"
-                        .into(),
+                    "would show the key to the network: use https:// (http:// is only for loopback hosts)",
                 );
             }
+            _ => return Err("must begin with https:// (or http:// to a loopback host)"),
         };
-        let Some(port) = usable_port(authority, default_port) else {
-            return Err("--upstream-url has no host, or a port that is none".into());
+        let unusable = "has no host, or a port that is none";
+        let host_header = match usable_port(authority, default_port).ok_or(unusable)? {
+            port if port == default_port => host.clone(),
+            port => format!("{host}:{port}"),
         };
-        let host_and_port = if port == default_port {
-            host.clone()
-        } else {
-            format!("{host}:{port}")
+        let origin = format!("{scheme}://{host_header}/");
+        let origin_form = match uri.path_and_query().map_or("/", |path| path.as_str()) {
+            path if path.starts_with('/') => path.to_owned(),
+            // A URL such as `https://host?a=b` has no path of its own.
+            query => format!("/{query}"),
         };
-        let unusable = |_| "--upstream-url has a host that can't be used in a request".to_owned();
-        let path_and_query = uri.path_and_query().map_or("/", |path| path.as_str());
         Ok(Self {
-            origin: format!("{scheme}://{host_and_port}/")
-                .parse()
-                .map_err(|_| unusable(()))?,
-            origin_form: rooted(path_and_query).parse().map_err(|_| unusable(()))?,
-            host_header: HeaderValue::from_str(&host_and_port).map_err(|_| unusable(()))?,
+            origin: origin.parse().map_err(|_| unusable)?,
+            origin_form: origin_form.parse().map_err(|_| unusable)?,
+            host_header: host_header.parse().map_err(|_| unusable)?,
             tls_name: (scheme == "https").then(|| bare_host.to_owned()),
         })
     }
@@ -87,26 +75,18 @@ impl Target {
 
 /// The port to connect to; `None` where there is no host, or something after it that is no port.
 pub(super) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
-    let after_host = authority
+    let (_, host_and_port) = authority
         .as_str()
-        .rsplit('@')
-        .next()?
-        .strip_prefix(authority.host())?;
-    if authority.host().is_empty() {
-        return None;
-    }
-    match after_host.strip_prefix(':') {
-        None => after_host.is_empty().then_some(default),
-        Some(port) => port.parse().ok().filter(|&port| port != 0),
-    }
-}
-
-/// A path for the request line: a URL such as `https://host?a=b` has none of its own.
-fn rooted(path_and_query: &str) -> String {
-    if path_and_query.starts_with('/') {
-        path_and_query.to_owned()
-    } else {
-        format!("/{path_and_query}")
+        .rsplit_once('@')
+        .unwrap_or(("", authority.as_str()));
+    match host_and_port.strip_prefix(authority.host())? {
+        _ if authority.host().is_empty() => None,
+        "" => Some(default),
+        port => port
+            .strip_prefix(':')?
+            .parse()
+            .ok()
+            .filter(|&port| port != 0),
     }
 }
 
