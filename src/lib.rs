@@ -34,7 +34,7 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Arguments;
-use crate::client::listener::{self, Door};
+use crate::client::listener;
 use crate::client::peer::{AllowList, PeerCheck};
 use crate::exchange::Proxy;
 use crate::exchange::dump::Dumper;
@@ -129,7 +129,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         }
         log::line(format_args!("listening on http://{address}"));
         log::tell_systemd(&NotifyState::Ready);
-        listener::run(listener, Door { check, limit }, Rc::clone(&proxy)).await;
+        listener::run(listener, check, limit, Rc::clone(&proxy)).await;
         if let Some(dumper) = &proxy.dumper {
             dumper.finish().await;
         }

@@ -27,8 +27,7 @@ impl ServerInfo {
     /// A sentence with the path and what is wrong: there is something that is no file, such as a
     /// device, or none can be made. Root must not turn `/dev/null` into a file.
     pub fn prepare(path: &Path) -> Result<Self, String> {
-        create_beside(path)
-            .map_err(|error| format!("cannot write --server-info {}: {error}", path.display()))
+        create_beside(path).map_err(|error| unwritable(path, &error))
     }
 
     /// Writes `{"port":…,"pid":…}` and a newline, and renames the file into place: nobody reads half of
@@ -39,27 +38,25 @@ impl ServerInfo {
     /// A sentence with the path and the system's reason.
     pub fn publish(&mut self, port: u16) -> Result<(), String> {
         let pid = std::process::id();
-        let content = format!("{{\"port\":{port},\"pid\":{pid}}}\n");
-        self.file
-            .write_all(content.as_bytes())
+        self.content = format!("{{\"port\":{port},\"pid\":{pid}}}\n");
+        let written = self.file.write_all(self.content.as_bytes());
+        written
             .and_then(|()| fs::rename(&self.beside, &self.path))
-            .map_err(|error| {
-                let path = self.path.display();
-                format!("cannot write --server-info {path}: {error}")
-            })?;
-        self.content = content;
-        Ok(())
+            .map_err(|error| unwritable(&self.path, &error))
     }
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> String {
+    format!("cannot write --server-info {}: {error}", path.display())
 }
 
 impl Drop for ServerInfo {
     fn drop(&mut self) {
-        if self.content.is_empty() {
-            let _ = fs::remove_file(&self.beside);
-            return;
-        }
+        // It is there no more once it is published.
+        let _ = fs::remove_file(&self.beside);
         let is_file = fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
-        if is_file && fs::read(&self.path).is_ok_and(|content| content == self.content.as_bytes()) {
+        let content = fs::read(&self.path).unwrap_or_default();
+        if is_file && !content.is_empty() && content == self.content.as_bytes() {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -3,10 +3,9 @@
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
-use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -14,7 +13,7 @@ use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy, sink};
+use tokio::io::{AsyncRead, AsyncWrite, copy, sink};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep, timeout};
 
@@ -37,7 +36,7 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let client = Rc::new(client);
-    let (mut stream, outcome) = converse(stream, Rc::clone(&client), &proxy).await;
+    let (mut stream, outcome) = converse(stream, &client, &proxy).await;
     match outcome {
         // To such a client the usual end of the connection is that of a whole answer.
         Err(error) if error.is_user() && client.version.get() == Some(Version::HTTP_10) => {
@@ -60,15 +59,14 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
 /// Answers requests until there is none any more, and gives the stream back.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    client: Rc<Client>,
+    client: &Rc<Client>,
     proxy: &Rc<Proxy>,
 ) -> (S, hyper::Result<()>) {
     let service = service_fn(|request: Request<Incoming>| {
-        let (client, proxy) = (Rc::clone(&client), Rc::clone(proxy));
+        let (client, proxy) = (Rc::clone(client), Rc::clone(proxy));
         // Boxed, since it needs much memory, and an answer may take hours.
         Box::pin(async move { Ok::<_, Infallible>(proxy.answer(client, request).await) })
     });
-    let stream = Flushing(stream, Rc::clone(&client));
     let mut connection = Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -90,6 +88,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
                 return Poll::Ready(Ok(()));
             }
         }
+        client.turn.set(client.turn.get() + 1);
         let outcome = Pin::new(&mut connection).poll(cx);
         if outcome.is_pending() {
             client.send_on(cx);
@@ -97,50 +96,5 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         outcome
     })
     .await;
-    (connection.into_parts().io.into_inner().0, outcome)
-}
-
-/// A stream to a client that tells when all that hyper wrote has gone out.
-struct Flushing<S>(S, Rc<Client>);
-
-impl<S: AsyncRead + Unpin> AsyncRead for Flushing<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Flushing<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.0).poll_flush(cx))?;
-        self.1.flush.done();
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
+    (connection.into_parts().io.into_inner(), outcome)
 }

@@ -1,7 +1,7 @@
 //! The listening socket: where it comes from, and who gets in when.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::sockopt::{AcceptConn, SockType};
 use nix::sys::socket::{self, Backlog, getsockopt};
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -117,69 +117,17 @@ pub fn connection_limit() -> usize {
     (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
 }
 
-/// Who comes in, and how many.
-pub struct Door {
-    /// Who may come in, unless everybody may.
-    pub check: Option<PeerCheck>,
-    /// How many may be in at once.
-    pub limit: usize,
-}
-
-/// Accepts clients until the end begins, then waits for those in flight, at most 30 s, and ends the rest.
+/// Accepts clients, at most `limit` at once, until the end begins, then waits for those in flight, at most
+/// 30 s, and ends the rest. `check` says who may come in, unless everybody may.
 ///
 /// At the limit, new connections wait in the kernel's queue until an old one ends. They are not
 /// refused: whoever holds the others may be done in a moment.
-pub async fn run(listener: TcpListener, door: Door, proxy: Rc<Proxy>) {
-    let places = Arc::new(Semaphore::new(door.limit));
-    let refused = Arc::new(Semaphore::new(MAX_REFUSED));
-    let check = Rc::new(door.check);
-    let stop = proxy.stop.clone();
+pub async fn run(listener: TcpListener, check: Option<PeerCheck>, limit: usize, proxy: Rc<Proxy>) {
     let mut connections = JoinSet::new();
-    let accepting = async {
-        let mut is_failing = false;
-        loop {
-            let place = Arc::clone(&places)
-                .acquire_owned()
-                .await
-                .expect("the semaphore is never closed");
-            // Those that have ended.
-            while connections.try_join_next().is_some() {}
-            match listener.accept().await {
-                Ok((stream, peer)) => {
-                    is_failing = false;
-                    // Where `route_localnet` is on, neighbours reach 127.0.0.1, too.
-                    if !is_loopback(peer) {
-                        log::line(format_args!(
-                            "dropped a connection from {peer}, which is not this machine"
-                        ));
-                        continue;
-                    }
-                    let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
-                    let proxy = Rc::clone(&proxy);
-                    connections.spawn_local(async move {
-                        let client = match &*check {
-                            Some(check) => check.identify(&stream).await,
-                            None => Client::default(),
-                        };
-                        admit(place, refused, client, stream, proxy).await;
-                    });
-                }
-                // The client was gone before it was accepted.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    if !is_failing {
-                        log::line(format_args!("cannot accept a connection: {error}; waiting"));
-                    }
-                    is_failing = true;
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    };
     tokio::select! {
         biased;
-        () = stop.begun() => {}
-        () = accepting => {}
+        () = proxy.stop.begun() => {}
+        () = accept(&listener, check, limit, &proxy, &mut connections) => {}
     }
     drop(listener);
     log::tell_systemd(&sd_notify::NotifyState::Stopping);
@@ -190,24 +138,55 @@ pub async fn run(listener: TcpListener, door: Door, proxy: Rc<Proxy>) {
     connections.shutdown().await;
 }
 
-/// Serves a client in its place; one that isn't served gives it up at once, and is gone soon.
-async fn admit(
-    place: OwnedSemaphorePermit,
-    refused: Arc<Semaphore>,
-    client: Client,
-    stream: tokio::net::TcpStream,
-    proxy: Rc<Proxy>,
+/// Never ends.
+async fn accept(
+    listener: &TcpListener,
+    check: Option<PeerCheck>,
+    limit: usize,
+    proxy: &Rc<Proxy>,
+    connections: &mut JoinSet<()>,
 ) {
-    if !client.is_refused {
-        connection::serve(stream, client, proxy).await;
-        return drop(place);
+    let check = Rc::new(check);
+    let [places, refused] = [limit, MAX_REFUSED].map(|places| Arc::new(Semaphore::new(places)));
+    let mut is_failing = false;
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await;
+        // Those that have ended.
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            // Where `route_localnet` is on, neighbours reach 127.0.0.1, too.
+            Ok((_, peer)) if !peer.ip().to_canonical().is_loopback() => {
+                log::line(format_args!(
+                    "dropped a connection from {peer}, which is not this machine"
+                ));
+            }
+            Ok((stream, _)) => {
+                is_failing = false;
+                let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
+                let proxy = Rc::clone(proxy);
+                connections.spawn_local(async move {
+                    let client = match &*check {
+                        Some(check) => check.identify(&stream).await,
+                        None => Client::default(),
+                    };
+                    if !client.is_refused {
+                        return connection::serve(stream, client, proxy).await;
+                    }
+                    drop(place);
+                    if let Ok(_place) = refused.try_acquire() {
+                        let serving = connection::serve(stream, client, proxy);
+                        let _ = timeout(REFUSED_TIMEOUT, serving).await;
+                    }
+                });
+            }
+            // The client was gone before it was accepted.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                if !std::mem::replace(&mut is_failing, true) {
+                    log::line(format_args!("cannot accept a connection: {error}; waiting"));
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
-    drop(place);
-    if let Ok(_place) = refused.try_acquire() {
-        let _ = timeout(REFUSED_TIMEOUT, connection::serve(stream, client, proxy)).await;
-    }
-}
-
-fn is_loopback(peer: SocketAddr) -> bool {
-    peer.ip().to_canonical().is_loopback()
 }

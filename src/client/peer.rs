@@ -1,6 +1,5 @@
 //! Which users are served: `--allow-user`, and the kernel's word on who is at the other end.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::net::SocketAddr;
@@ -60,10 +59,9 @@ impl AllowList {
 pub struct PeerCheck {
     allowed: AllowList,
     kernel: SockDiag,
-    /// Whether users are in one of the groups, and when that was looked up.
-    members: RefCell<HashMap<u32, (bool, Instant)>>,
-    /// Held while one is looked up, so that many connections of a user are one look-up.
-    looking_up: Mutex<()>,
+    /// Whether users are in one of the groups, and when that was looked up. Locked meanwhile, so that
+    /// many connections of a user are one look-up.
+    members: Mutex<HashMap<u32, (bool, Instant)>>,
 }
 
 impl PeerCheck {
@@ -79,8 +77,7 @@ impl PeerCheck {
         Ok(Some(Self {
             allowed,
             kernel: SockDiag::new(listener)?,
-            members: RefCell::default(),
-            looking_up: Mutex::default(),
+            members: Mutex::default(),
         }))
     }
 
@@ -101,12 +98,10 @@ impl PeerCheck {
         if self.allowed.groups.is_empty() {
             return false;
         }
-        if let Some(known) = self.known_member(uid) {
-            return known;
-        }
-        let _alone = self.looking_up.lock().await;
-        if let Some(known) = self.known_member(uid) {
-            return known;
+        let mut members = self.members.lock().await;
+        members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_VALID);
+        if let Some((is_member, _)) = members.get(&uid) {
+            return *is_member;
         }
         // On a thread of its own, since the answer may be long in coming.
         let groups = self.allowed.groups.clone();
@@ -116,16 +111,8 @@ impl PeerCheck {
                 .any(|group| is_in(uid, group).unwrap_or(false))
         };
         let is_member = tokio::task::spawn_blocking(lookup).await.unwrap_or(false);
-        let mut members = self.members.borrow_mut();
-        members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_VALID);
         members.insert(uid, (is_member, Instant::now()));
         is_member
-    }
-
-    fn known_member(&self, uid: u32) -> Option<bool> {
-        let members = self.members.borrow();
-        let (is_member, since) = members.get(&uid)?;
-        (since.elapsed() < MEMBERSHIP_VALID).then_some(*is_member)
     }
 }
 

@@ -94,37 +94,37 @@ impl SockDiag {
     }
 }
 
-/// A `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60: ports and
-/// addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
-fn request(local: SocketAddr, remote: SocketAddr) -> [u8; REQUEST] {
-    let mut request = [0; REQUEST];
-    request[0..4].copy_from_slice(&(REQUEST as u32).to_ne_bytes());
-    request[4..6].copy_from_slice(&BY_FAMILY.to_ne_bytes());
-    request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+/// A netlink header and a `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60:
+/// ports and addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
+fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let family = if local.is_ipv4() {
         libc::AF_INET
     } else {
         libc::AF_INET6
     };
-    request[16] = family as u8;
-    request[17] = libc::IPPROTO_TCP as u8;
-    // All states: the answer's own is looked at.
-    request[20..24].copy_from_slice(&u32::MAX.to_ne_bytes());
-    request[24..26].copy_from_slice(&local.port().to_be_bytes());
-    request[26..28].copy_from_slice(&remote.port().to_be_bytes());
-    for (at, address) in [(28, local.ip()), (44, remote.ip())] {
-        match address {
-            IpAddr::V4(address) => request[at..at + 4].copy_from_slice(&address.octets()),
-            IpAddr::V6(address) => request[at..at + 16].copy_from_slice(&address.octets()),
-        }
-    }
-    // No cookie: whichever socket there is.
-    request[64..72].fill(0xff);
-    request
+    let address = |address: IpAddr| match address {
+        IpAddr::V4(address) => [&address.octets()[..], &[0; 12]].concat(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let parts: [&[u8]; 10] = [
+        &(REQUEST as u32).to_ne_bytes(),
+        &BY_FAMILY.to_ne_bytes(),
+        &(libc::NLM_F_REQUEST as u16).to_ne_bytes(),
+        &[0; 8],
+        &[family as u8, libc::IPPROTO_TCP as u8, 0, 0],
+        // All states: the answer's own is looked at.
+        &u32::MAX.to_ne_bytes(),
+        &[local.port().to_be_bytes(), remote.port().to_be_bytes()].concat(),
+        &[address(local.ip()), address(remote.ip())].concat(),
+        &[0; 4],
+        // No cookie: whichever socket there is.
+        &[0xff; 8],
+    ];
+    parts.concat()
 }
 
 /// Takes a `struct inet_diag_msg` apart, or the error in its place.
-fn read_reply(reply: &[u8], request: &[u8; REQUEST]) -> io::Result<Option<(u8, u32)>> {
+fn read_reply(reply: &[u8], request: &[u8]) -> io::Result<Option<(u8, u32)>> {
     let word = |at: usize| {
         reply
             .get(at..)?

@@ -80,8 +80,9 @@ pub struct Download {
     upstream: Rc<Upstream>,
     record: Record,
     tap: Option<Tap>,
-    /// Why it breaks off, until what came before is with the client.
-    broken: Option<hyper::Error>,
+    /// Why it breaks off, until what came before has gone out, and in which turn of hyper's it was asked
+    /// for last.
+    broken: Option<(hyper::Error, u64)>,
 }
 
 impl Download {
@@ -132,37 +133,42 @@ impl Body for Download {
         cx: &mut Context<'_>,
     ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
         let this = self.get_mut();
-        if this.broken.is_none() {
-            match &mut *this.record.client().link.borrow_mut() {
-                None => return Poll::Ready(None),
-                Some(link) => link.drive(cx),
+        if let Some((error, asked)) = this.broken.take() {
+            // hyper drops what it has not flushed when a body fails. A body that has nothing to give is
+            // asked again in the same turn if all has been flushed meanwhile, and only then.
+            let turn = this.record.client().turn.get();
+            if turn == asked {
+                return Poll::Ready(Some(Err(error)));
             }
-            let frame = ready!(Pin::new(&mut this.body).poll_frame(&mut unwoken()));
-            let data = match frame {
-                Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
-                Some(Err(error)) => {
-                    let detail = with_sources(&error);
-                    this.record
-                        .ended(Some(format!("answer broken off: {detail}")));
-                    this.record.client().flush.ask(cx.waker());
-                    this.broken = Some(error);
-                    return Poll::Pending;
-                }
-                None => {
-                    this.finish_at_end(true);
-                    return Poll::Ready(None);
-                }
-            };
-            this.record.sent(data.len());
-            if let Some(tap) = &mut this.tap {
-                tap.data(&data);
-            }
-            this.finish_at_end(false);
-            return Poll::Ready(Some(Ok(Frame::data(data))));
+            this.broken = Some((error, turn));
+            return Poll::Pending;
         }
-        // hyper drops what it has not flushed when a body fails, so it may do that first.
-        ready!(this.record.client().flush.poll_done(cx));
-        Poll::Ready(this.broken.take().map(Err))
+        match &mut *this.record.client().link.borrow_mut() {
+            None => return Poll::Ready(None),
+            Some(link) => link.drive(cx),
+        }
+        match ready!(Pin::new(&mut this.body).poll_frame(&mut unwoken())) {
+            Some(Ok(frame)) => {
+                let data = frame.into_data().unwrap_or_default();
+                this.record.sent(data.len());
+                if let Some(tap) = &mut this.tap {
+                    tap.data(&data);
+                }
+                this.finish_at_end(false);
+                Poll::Ready(Some(Ok(Frame::data(data))))
+            }
+            Some(Err(error)) => {
+                let detail = with_sources(&error);
+                this.record
+                    .ended(Some(format!("answer broken off: {detail}")));
+                this.broken = Some((error, this.record.client().turn.get()));
+                Poll::Pending
+            }
+            None => {
+                this.finish_at_end(true);
+                Poll::Ready(None)
+            }
+        }
     }
 
     fn is_end_stream(&self) -> bool {

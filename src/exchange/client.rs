@@ -1,7 +1,7 @@
 //! What a connection and the exchanges over it tell each other.
 
 use std::cell::{Cell, RefCell};
-use std::task::{Context, Poll, Waker};
+use std::task::Context;
 
 use hyper::Version;
 use hyper::body::{Body, Incoming};
@@ -21,8 +21,8 @@ pub struct Client {
     pub has_sent_all: Cell<bool>,
     /// How many bytes of it have come.
     pub received: Cell<u64>,
-    /// Of what is written to the client.
-    pub flush: Flush,
+    /// Counts how often hyper has had its turn on the connection.
+    pub turn: Cell<u64>,
     /// What its answer comes over.
     pub(super) link: RefCell<Option<Link>>,
 }
@@ -52,35 +52,6 @@ impl Client {
             && !(self.has_sent_all.get() && link.is_flushed())
         {
             link.drive(cx);
-        }
-    }
-}
-
-/// Lets the body of an answer wait until all that was written has gone out.
-#[derive(Default)]
-pub struct Flush(RefCell<Option<Waker>>);
-
-impl Flush {
-    /// Asks for the next flush.
-    pub(super) fn ask(&self, waker: &Waker) {
-        *self.0.borrow_mut() = Some(waker.clone());
-    }
-
-    /// Waits until it is done.
-    pub(super) fn poll_done(&self, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut *self.0.borrow_mut() {
-            None => Poll::Ready(()),
-            Some(waker) => {
-                waker.clone_from(cx.waker());
-                Poll::Pending
-            }
-        }
-    }
-
-    /// It is done.
-    pub fn done(&self) {
-        if let Some(waker) = self.0.borrow_mut().take() {
-            waker.wake();
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
+use hyper::http::uri::Authority;
 use hyper::{Method, Version};
 
 use super::client::Client;
 use super::refusal::Refusal;
-use crate::upstream::target::is_loopback;
+use crate::upstream::target::{is_loopback, usable_port};
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
@@ -90,21 +91,18 @@ fn host_refusal(request: &Parts) -> Option<Refusal> {
 
 /// `localhost` or a loopback address, and perhaps a port.
 fn is_loopback_host(host: &HeaderValue) -> bool {
-    let Ok(host) = host.to_str() else {
+    let Ok(authority) = Authority::try_from(host.as_bytes()) else {
         return false;
     };
-    let (name, port) = match host.strip_prefix('[').map(|rest| rest.split_once(']')) {
-        Some(Some((address, port))) if address.contains(':') => (address, port),
-        Some(_) => return false,
-        None => host
-            .find(':')
-            .map_or((host, ""), |colon| host.split_at(colon)),
+    let name = authority.host();
+    let in_brackets = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'));
+    let is_here = match in_brackets {
+        Some(address) => address.contains(':') && is_loopback(address),
+        None => is_loopback(name),
     };
-    let is_port = |port: &str| {
-        port.strip_prefix(':')
-            .is_some_and(|port| port.parse::<u16>().is_ok())
-    };
-    (port.is_empty() || is_port(port)) && is_loopback(name)
+    is_here && usable_port(&authority, 80).is_some() && !authority.as_str().contains('@')
 }
 
 /// Refuses transfer codings other than chunked: dropping the header would change what the body says.

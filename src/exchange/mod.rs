@@ -20,7 +20,7 @@ use serde_json::json;
 
 use self::body::Upload;
 pub use self::body::{AnswerBody, Download};
-pub use self::client::{Client, Flush};
+pub use self::client::Client;
 use self::dump::Dumper;
 use self::filter::Decision;
 use self::record::Record;

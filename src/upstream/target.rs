@@ -74,7 +74,8 @@ impl Target {
 }
 
 /// The port to connect to; `None` where there is no host, or something after it that is no port.
-pub(super) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
+#[must_use]
+pub fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
     let (_, host_and_port) = authority
         .as_str()
         .rsplit_once('@')
