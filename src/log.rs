@@ -1,5 +1,6 @@
 //! Lines on stderr: what an operator needs, and nothing of what was said.
 
+use std::error::Error;
 use std::fmt;
 use std::io::{Write, stderr};
 use std::os::fd::AsFd;
@@ -63,15 +64,9 @@ impl fmt::Display for Uid {
 
 /// An error and what caused it, down to the system's own words.
 #[must_use]
-pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
+pub fn with_sources(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
+    texts.dedup();
+    texts.join(": ")
 }

@@ -91,7 +91,11 @@ impl PeerCheck {
             Some(uid) => self.allowed.uids.contains(&uid) || self.is_member(uid).await,
             None => false,
         };
-        Client::of(uid, !is_allowed)
+        Client {
+            uid,
+            is_refused: !is_allowed,
+            ..Client::default()
+        }
     }
 
     async fn is_member(&self, uid: u32) -> bool {

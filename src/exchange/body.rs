@@ -11,7 +11,7 @@ use super::client::Client;
 use super::dump::Tap;
 use super::record::Record;
 use crate::log::with_sources;
-use crate::upstream::{Link, Upstream, unwoken};
+use crate::upstream::{Upstream, unwoken};
 
 /// The body of an answer to a client: our own words, or the upstream's.
 pub type AnswerBody = Either<Full<Bytes>, Download>;
@@ -21,21 +21,11 @@ pub type AnswerBody = Either<Full<Bytes>, Download>;
 /// Trailer fields are left out, as RFC 9110, section 6.5.1, lets every recipient do: nothing in the
 /// Responses API has any.
 pub(super) struct Upload {
-    body: Incoming,
-    client: Rc<Client>,
+    pub(super) body: Incoming,
+    /// Whose it is, who is told how it fares.
+    pub(super) client: Rc<Client>,
     /// Takes a copy.
     pub(super) tap: Option<Tap>,
-}
-
-impl Upload {
-    /// The body of `client`'s request, who is told how it fares.
-    pub(super) fn new(body: Incoming, client: Rc<Client>) -> Self {
-        Self {
-            body,
-            client,
-            tap: None,
-        }
-    }
 }
 
 impl Body for Upload {
@@ -54,9 +44,8 @@ impl Body for Upload {
                 return Poll::Ready(end);
             }
         };
-        self.client
-            .received
-            .set(self.client.received.get() + data.len() as u64);
+        let received = &self.client.received;
+        received.set(received.get() + data.len());
         self.client.has_sent_all.set(self.body.is_end_stream());
         if let Some(tap) = &mut self.tap {
             tap.data(&data);
@@ -79,27 +68,18 @@ pub struct Download {
     body: Incoming,
     upstream: Rc<Upstream>,
     record: Record,
-    tap: Option<Tap>,
     /// Why it breaks off, until what came before has gone out, and in which turn of hyper's it was asked
     /// for last.
     broken: Option<(hyper::Error, u64)>,
 }
 
 impl Download {
-    /// The body of an answer that comes over `link`, with a copy to `tap`.
-    pub(super) fn new(
-        body: Incoming,
-        link: Link,
-        upstream: Rc<Upstream>,
-        record: Record,
-        tap: Option<Tap>,
-    ) -> Self {
-        *record.client().link.borrow_mut() = Some(link);
+    /// The body of an answer that comes over the client's link.
+    pub(super) fn new(body: Incoming, upstream: Rc<Upstream>, record: Record) -> Self {
         let mut download = Self {
             body,
             upstream,
             record,
-            tap,
             broken: None,
         };
         download.finish_at_end(false);
@@ -111,8 +91,7 @@ impl Download {
         if (is_over || self.body.is_end_stream())
             && let Some(link) = self.record.client().link.take()
         {
-            self.record.ended(None);
-            self.tap = None;
+            self.record.end(None);
             self.upstream.keep(link);
         }
     }
@@ -150,17 +129,14 @@ impl Body for Download {
         match ready!(Pin::new(&mut this.body).poll_frame(&mut unwoken())) {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
-                this.record.sent(data.len());
-                if let Some(tap) = &mut this.tap {
-                    tap.data(&data);
-                }
+                this.record.data(&data);
                 this.finish_at_end(false);
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
             Some(Err(error)) => {
                 let detail = with_sources(&error);
                 this.record
-                    .ended(Some(format!("answer broken off: {detail}")));
+                    .end(Some(format!("answer broken off: {detail}")));
                 this.broken = Some((error, this.record.client().turn.get()));
                 Poll::Pending
             }

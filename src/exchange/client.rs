@@ -20,24 +20,14 @@ pub struct Client {
     /// Whether the body of the last request has come whole.
     pub has_sent_all: Cell<bool>,
     /// How many bytes of it have come.
-    pub received: Cell<u64>,
+    pub received: Cell<usize>,
     /// Counts how often hyper has had its turn on the connection.
     pub turn: Cell<u64>,
     /// What its answer comes over.
-    pub(super) link: RefCell<Option<Link>>,
+    pub link: RefCell<Option<Link>>,
 }
 
 impl Client {
-    /// A new connection of this user.
-    #[must_use]
-    pub fn of(uid: Option<u32>, is_refused: bool) -> Self {
-        Self {
-            uid,
-            is_refused,
-            ..Self::default()
-        }
-    }
-
     /// Its next request has come.
     pub(super) fn asks(&self, version: Version, body: &Incoming) {
         self.version.set(Some(version));

@@ -25,8 +25,8 @@ const MAX_BODY: usize = 16 << 20;
 /// would need more isn't dumped.
 const MAX_WAITING: u32 = 64 << 20;
 
-/// What a dump and each piece of its body take beside that, in bytes, roughly.
-const OVERHEAD: u32 = 1 << 10;
+/// What a dump takes beside its body, in bytes, roughly.
+const OVERHEAD: usize = 4 << 10;
 
 /// What the value of `Authorization` is in a dump: not even the client's own is anyone's to read.
 const REDACTED: &str = "[REDACTED]";
@@ -67,22 +67,32 @@ impl Dumper {
         })
     }
 
-    /// What the names of a new exchange's files begin with.
-    pub(super) fn next_exchange(&self) -> PathBuf {
+    /// Begins the dump of a new exchange.
+    pub(super) fn next_exchange(&self) -> Exchange {
         let number = self.next.replace(self.next.get() + 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let milliseconds = now.map_or(0, |now| now.as_millis());
-        self.folder.join(format!("{number:06}-{milliseconds}"))
+        Exchange {
+            prefix: self.folder.join(format!("{number:06}-{milliseconds}")),
+            room: Arc::clone(&self.room),
+        }
     }
 
-    /// Begins the dump of one side of an exchange, of whose head this is known beside its headers.
-    pub(super) fn begin(
-        &self,
-        exchange: &Path,
-        kind: &str,
-        mut head: Value,
-        headers: &HeaderMap,
-    ) -> Tap {
+    /// Waits until all is written that will be.
+    pub async fn finish(&self) {
+        let _ = self.room.acquire_many(MAX_WAITING).await;
+    }
+}
+
+/// The two files of an exchange.
+pub(super) struct Exchange {
+    prefix: PathBuf,
+    room: Arc<Semaphore>,
+}
+
+impl Exchange {
+    /// Begins the file of one side, of whose head this is known beside its headers.
+    pub(super) fn begin(&self, side: &str, mut head: Value, headers: &HeaderMap) -> Tap {
         // A list, since a name may come more than once.
         head["headers"] = headers
             .iter()
@@ -94,8 +104,8 @@ impl Dumper {
                 json!({ "name": name.as_str(), "value": value })
             })
             .collect();
-        let mut path = exchange.as_os_str().to_owned();
-        path.push(format!("-{kind}.json"));
+        let mut path = self.prefix.clone().into_os_string();
+        path.push(format!("-{side}.json"));
         let mut tap = Tap {
             path: path.into(),
             head,
@@ -103,13 +113,8 @@ impl Dumper {
             room: Arc::clone(&self.room),
             held: None,
         };
-        tap.hold(0);
+        tap.hold(OVERHEAD);
         tap
-    }
-
-    /// Waits until all is written that will be.
-    pub async fn finish(&self) {
-        let _ = self.room.acquire_many(MAX_WAITING).await;
     }
 }
 
@@ -130,14 +135,17 @@ impl Tap {
         if kept < data.len() {
             self.head["truncated"] = true.into();
         }
-        if self.held.is_some() && self.hold(kept) {
+        if self.held.is_some() {
+            self.hold(kept);
+        }
+        if self.held.is_some() {
             self.body.extend_from_slice(&data[..kept]);
         }
     }
 
-    /// Takes room for so many more bytes, and a little for the head; without it, lets go of all.
-    fn hold(&mut self, bytes: usize) -> bool {
-        let more = u32::try_from(bytes).map_or(u32::MAX, |bytes| bytes.saturating_add(OVERHEAD));
+    /// Takes room for so many more bytes; without it, lets go of all.
+    fn hold(&mut self, bytes: usize) {
+        let more = u32::try_from(bytes).unwrap_or(u32::MAX);
         match (
             Arc::clone(&self.room).try_acquire_many_owned(more),
             &mut self.held,
@@ -153,7 +161,6 @@ impl Tap {
                 ));
             }
         }
-        self.held.is_some()
     }
 }
 

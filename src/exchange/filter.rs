@@ -1,9 +1,9 @@
 //! Which requests go through: exactly one kind.
 
-use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
-use hyper::{Method, Version};
+use hyper::{Method, StatusCode, Version};
 
 use super::client::Client;
 use super::refusal::Refusal;
@@ -19,73 +19,93 @@ const SHUTDOWN_PATH: &str = "/shutdown";
 /// (Fetch standard, forbidden request headers).
 const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
-/// What is to be done with a request.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Decision {
+const USER: Refusal = Refusal::new(
+    StatusCode::FORBIDDEN,
+    "user_not_allowed",
+    "this user may not use this proxy, or its connection was closed too early to tell whose it is",
+);
+const BROWSER: Refusal = Refusal::new(
+    StatusCode::FORBIDDEN,
+    "browser_not_allowed",
+    "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
+);
+const FOREIGN_HOST: Refusal = Refusal::new(
+    StatusCode::FORBIDDEN,
+    "host_not_allowed",
+    "the Host header must name this machine: localhost or a loopback address",
+);
+const NO_HOST: Refusal = Refusal::new(
+    StatusCode::BAD_REQUEST,
+    "malformed_request",
+    "an HTTP/1.1 request has exactly one Host header",
+);
+const CODING: Refusal = Refusal::new(
+    StatusCode::BAD_REQUEST,
+    "malformed_request",
+    "the only transfer coding understood here is chunked",
+);
+const OTHER: Refusal = Refusal::new(
+    StatusCode::FORBIDDEN,
+    "not_allowed",
+    "this proxy forwards POST /v1/responses, without a query, and nothing else",
+);
+
+/// What is to be done with a request that isn't refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
     /// Send it to the upstream.
     Forward,
     /// Answer 200 and end.
     Shutdown,
-    /// Answer with this.
-    Refuse(Refusal),
 }
 
 /// Decides on a request by whose it is and its head alone.
-pub(super) fn decide(request: &Parts, client: &Client, http_shutdown: bool) -> Decision {
-    let refusal = user_refusal(client)
-        .or_else(|| browser_refusal(&request.headers))
-        .or_else(|| host_refusal(request))
-        .or_else(|| framing_refusal(&request.headers));
-    if let Some(refusal) = refusal {
-        return Decision::Refuse(refusal);
+pub(super) fn decide(
+    request: &Parts,
+    client: &Client,
+    http_shutdown: bool,
+) -> Result<Wanted, Refusal> {
+    let headers = &request.headers;
+    if client.is_refused {
+        return Err(USER);
+    }
+    if BROWSER_HEADERS
+        .iter()
+        .any(|name| headers.contains_key(*name))
+    {
+        return Err(BROWSER);
+    }
+    // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
+    // (RFC 9112, section 3.2); HTTP/1.0 knows none.
+    match only(headers, header::HOST) {
+        Ok(None) if request.version == Version::HTTP_10 => {}
+        Ok(Some(host)) if is_loopback_host(host) => {}
+        Ok(Some(_)) => return Err(FOREIGN_HOST),
+        _ => return Err(NO_HOST),
+    }
+    // Dropping the header of another one would change what the body says.
+    match only(headers, header::TRANSFER_ENCODING) {
+        Ok(None) => {}
+        Ok(Some(coding)) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {}
+        _ => return Err(CODING),
     }
     // `Uri` keeps scheme and authority of an absolute-form target apart, and the path to the letter.
-    let is_origin_form = request.uri.authority().is_none() && request.uri.scheme().is_none();
-    let target = request
-        .uri
-        .path_and_query()
-        .filter(|_| is_origin_form)
-        .map(|target| target.as_str());
-    match (&request.method, target) {
-        (&Method::POST, Some(PATH)) => Decision::Forward,
-        (&Method::GET, Some(SHUTDOWN_PATH)) if http_shutdown => Decision::Shutdown,
-        _ => Decision::Refuse(Refusal::forbidden(
-            "not_allowed",
-            "this proxy forwards POST /v1/responses, without a query, and nothing else",
-        )),
+    let uri = &request.uri;
+    let is_origin_form = uri.authority().is_none() && uri.scheme().is_none();
+    let target = uri.path_and_query().filter(|_| is_origin_form);
+    match (&request.method, target.map(|target| target.as_str())) {
+        (&Method::POST, Some(PATH)) => Ok(Wanted::Forward),
+        (&Method::GET, Some(SHUTDOWN_PATH)) if http_shutdown => Ok(Wanted::Shutdown),
+        _ => Err(OTHER),
     }
 }
 
-/// Refuses a user that `--allow-user` does not name, whatever the request is.
-fn user_refusal(client: &Client) -> Option<Refusal> {
-    client.is_refused.then_some(Refusal::forbidden(
-        "user_not_allowed",
-        "this user may not use this proxy, or its connection was closed too early to tell whose it is",
-    ))
-}
-
-/// Refuses what a web page could make a browser on this machine send.
-fn browser_refusal(headers: &HeaderMap) -> Option<Refusal> {
-    BROWSER_HEADERS.iter().any(|name| headers.contains_key(*name)).then_some(Refusal::forbidden(
-        "browser_not_allowed",
-        "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
-    ))
-}
-
-/// Refuses a `Host` that is not this machine: a page whose own name was rebound to loopback sends
-/// such. HTTP/1.1 requires exactly one (RFC 9112, section 3.2); HTTP/1.0 knows none.
-fn host_refusal(request: &Parts) -> Option<Refusal> {
-    let mut hosts = request.headers.get_all(header::HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (None, _) if request.version == Version::HTTP_10 => None,
-        (Some(host), None) if is_loopback_host(host) => None,
-        (Some(_), None) => Some(Refusal::forbidden(
-            "host_not_allowed",
-            "the Host header must name this machine: localhost or a loopback address",
-        )),
-        _ => Some(Refusal::malformed(
-            "an HTTP/1.1 request has exactly one Host header",
-        )),
+/// The value of a header that may be there once; an error if it is there more often.
+fn only(headers: &HeaderMap, name: HeaderName) -> Result<Option<&HeaderValue>, ()> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (value, None) => Ok(value),
+        _ => Err(()),
     }
 }
 
@@ -103,18 +123,6 @@ fn is_loopback_host(host: &HeaderValue) -> bool {
         None => is_loopback(name),
     };
     is_here && usable_port(&authority, 80).is_some() && !authority.as_str().contains('@')
-}
-
-/// Refuses transfer codings other than chunked: dropping the header would change what the body says.
-fn framing_refusal(headers: &HeaderMap) -> Option<Refusal> {
-    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => None,
-        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => None,
-        _ => Some(Refusal::malformed(
-            "the only transfer coding understood here is chunked",
-        )),
-    }
 }
 
 #[cfg(test)]
@@ -143,7 +151,7 @@ mod tests {
             let request = head("POST", PATH, &[("host", host)]);
             assert_eq!(
                 decide(&request, &Client::default(), false),
-                Decision::Forward,
+                Ok(Wanted::Forward),
                 "{host}"
             );
         }
@@ -177,7 +185,7 @@ mod tests {
         ];
         for host in hosts {
             let request = head("POST", PATH, &[("host", host)]);
-            let Decision::Refuse(refusal) = decide(&request, &Client::default(), false) else {
+            let Err(refusal) = decide(&request, &Client::default(), false) else {
                 panic!("{host}: not refused")
             };
             assert_eq!(refusal.code, "host_not_allowed", "{host}");
@@ -189,7 +197,7 @@ mod tests {
         let local = [("host", "localhost")];
         assert_eq!(
             decide(&head("GET", "/shutdown", &local), &Client::default(), true),
-            Decision::Shutdown
+            Ok(Wanted::Shutdown)
         );
         for (method, target, enabled) in [
             ("GET", "/shutdown", false),
@@ -198,10 +206,7 @@ mod tests {
             ("GET", "/shutdown/", true),
         ] {
             assert!(
-                matches!(
-                    decide(&head(method, target, &local), &Client::default(), enabled),
-                    Decision::Refuse(_)
-                ),
+                decide(&head(method, target, &local), &Client::default(), enabled).is_err(),
                 "{method} {target}"
             );
         }

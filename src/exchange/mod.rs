@@ -22,12 +22,12 @@ use self::body::Upload;
 pub use self::body::{AnswerBody, Download};
 pub use self::client::Client;
 use self::dump::Dumper;
-use self::filter::Decision;
+use self::filter::Wanted;
 use self::record::Record;
-use self::refusal::{Refusal, error_response};
+use self::refusal::Refusal;
 use crate::log::{self, Uid};
 use crate::stop::Stop;
-use crate::upstream::{self, Failure, Upstream};
+use crate::upstream::{self, Upstream};
 
 /// What all exchanges have in common.
 pub struct Proxy {
@@ -50,23 +50,24 @@ impl Proxy {
     ) -> Response<AnswerBody> {
         let (head, body) = request.into_parts();
         client.asks(head.version, &body);
-        let mut upload = Upload::new(body, Rc::clone(&client));
+        let mut upload = Upload {
+            body,
+            client: Rc::clone(&client),
+            tap: None,
+        };
         // hyper follows the chunks where there is a length, too: such a connection must not go on
         // (RFC 9112, section 6.1).
         let is_last = client.is_refused
             || head.version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
         let mut response = match filter::decide(&head, &client, self.http_shutdown) {
-            Decision::Forward => self.forward(&client, head, upload).await,
+            Ok(Wanted::Forward) => self.forward(&client, head, upload).await,
             decision => {
                 // Who waits for a 100 (Continue) has sent nothing, and need not.
                 if !is_last && !head.headers.contains_key(EXPECT) {
                     upstream::discard(&mut upload).await;
                 }
-                match decision {
-                    Decision::Refuse(refusal) => refuse(client.uid, refusal),
-                    _ => self.shut_down(client.uid),
-                }
+                self.end_here(decision.err(), Uid(client.uid))
             }
         };
         if is_last || !client.has_sent_all.get() {
@@ -76,73 +77,51 @@ impl Proxy {
         response
     }
 
+    /// Refuses a request, or ends the program.
+    fn end_here(&self, refusal: Option<Refusal>, uid: Uid) -> Response<AnswerBody> {
+        let Some(refusal) = refusal else {
+            log::line(format_args!("stopping: GET /shutdown by uid={uid}"));
+            self.stop.begin();
+            return Response::new(Either::Left(Bytes::new().into()));
+        };
+        let (status, reason) = (refusal.status.as_u16(), refusal.message);
+        log::line(format_args!(
+            "refused uid={uid} status={status} reason={reason:?}"
+        ));
+        refusal.response()
+    }
+
     async fn forward(
         &self,
         client: &Rc<Client>,
         head: Parts,
         mut upload: Upload,
     ) -> Response<AnswerBody> {
-        let dump = self
-            .dumper
-            .as_ref()
-            .map(|dumper| (dumper, dumper.next_exchange()));
-        upload.tap = dump.as_ref().map(|(dumper, exchange)| {
+        let dump = self.dumper.as_ref().map(Dumper::next_exchange);
+        upload.tap = dump.as_ref().map(|dump| {
             let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
-            dumper.begin(exchange, "request", about, &head.headers)
+            dump.begin("request", about, &head.headers)
         });
         let mut record = Record::new(Rc::clone(client));
         let headers = headers::for_upstream(head.headers, &self.upstream.host);
         match self.upstream.send(headers, Box::pin(upload)).await {
             Ok((link, answer)) => {
-                let (head, body) = answer.into_parts();
-                let status = head.status.as_u16();
-                record.status(status);
-                let tap = dump.map(|(dumper, exchange)| {
-                    dumper.begin(
-                        &exchange,
-                        "response",
-                        json!({ "status": status }),
-                        &head.headers,
-                    )
-                });
-                let upstream = Rc::clone(&self.upstream);
-                let download = Download::new(body, link, upstream, record, tap);
-                let mut response = Response::new(Either::Right(download));
-                *response.status_mut() = head.status;
-                *response.headers_mut() = headers::end_to_end(head.headers);
-                // The reason phrase, where it isn't the usual one.
-                *response.extensions_mut() = head.extensions;
-                response
+                let (mut head, body) = answer.into_parts();
+                let about = json!({ "status": head.status.as_u16() });
+                let tap = dump.map(|dump| dump.begin("response", about, &head.headers));
+                record.begin(head.status, tap);
+                client.link.replace(Some(link));
+                let download = Download::new(body, Rc::clone(&self.upstream), record);
+                head.version = Version::HTTP_11;
+                head.headers = headers::end_to_end(head.headers);
+                Response::from_parts(head, Either::Right(download))
             }
-            Err(failure) => fail(record, failure),
+            // The step that failed, in plain words; the rest is logged.
+            Err(failure) => {
+                record.begin(failure.status, None);
+                record.end(Some(format!("{}: {}", failure.message, failure.detail)));
+                Refusal::new(failure.status, failure.code, failure.message).response()
+            }
         }
     }
-
-    fn shut_down(&self, uid: Option<u32>) -> Response<AnswerBody> {
-        log::line(format_args!("stopping: GET /shutdown by uid={}", Uid(uid)));
-        self.stop.begin();
-        Response::new(Either::Left(Bytes::new().into()))
-    }
-}
-
-fn refuse(uid: Option<u32>, refusal: Refusal) -> Response<AnswerBody> {
-    let (uid, status) = (Uid(uid), refusal.status.as_u16());
-    let reason = refusal.message;
-    log::line(format_args!(
-        "refused uid={uid} status={status} reason={reason:?}"
-    ));
-    error_response(refusal.status, refusal.code, reason)
-}
-
-/// The answer where the upstream has none: the step that failed, in plain words; the rest is logged.
-fn fail(mut record: Record, failure: Failure) -> Response<AnswerBody> {
-    let Failure {
-        status,
-        code,
-        message,
-        detail,
-    } = failure;
-    record.status(status.as_u16());
-    record.ended(Some(format!("{message}: {detail}")));
-    error_response(status, code, message)
 }

@@ -3,7 +3,10 @@
 use std::rc::Rc;
 use std::time::Instant;
 
+use hyper::StatusCode;
+
 use super::client::Client;
+use super::dump::Tap;
 use crate::log::{self, Uid};
 
 /// What is logged of one forwarded request, when it is over, however it ends.
@@ -12,6 +15,8 @@ pub(super) struct Record {
     started: Instant,
     status: u16,
     sent: usize,
+    /// Takes a copy of the answer.
+    tap: Option<Tap>,
     /// Why it isn't complete; the detail is for the log alone.
     error: Option<String>,
 }
@@ -24,6 +29,7 @@ impl Record {
             started: Instant::now(),
             status: 0,
             sent: 0,
+            tap: None,
             // So it is until something else is.
             error: Some("client left".into()),
         }
@@ -34,18 +40,22 @@ impl Record {
         &self.client
     }
 
-    /// The answer has this status.
-    pub(super) fn status(&mut self, status: u16) {
-        self.status = status;
+    /// The answer has this status, and a copy of its body is taken.
+    pub(super) fn begin(&mut self, status: StatusCode, tap: Option<Tap>) {
+        self.status = status.as_u16();
+        self.tap = tap;
     }
 
-    /// So many bytes of the answer's body have come.
-    pub(super) fn sent(&mut self, bytes: usize) {
-        self.sent += bytes;
+    /// Its body goes on with this.
+    pub(super) fn data(&mut self, data: &[u8]) {
+        self.sent += data.len();
+        if let Some(tap) = &mut self.tap {
+            tap.data(data);
+        }
     }
 
     /// The answer is whole, or something failed.
-    pub(super) fn ended(&mut self, error: Option<String>) {
+    pub(super) fn end(&mut self, error: Option<String>) {
         self.error = error;
     }
 }

@@ -19,44 +19,27 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// 403 with a reason.
-    pub(super) const fn forbidden(code: &'static str, message: &'static str) -> Self {
+    pub(super) const fn new(status: StatusCode, code: &'static str, message: &'static str) -> Self {
         Self {
-            status: StatusCode::FORBIDDEN,
+            status,
             code,
             message,
         }
     }
 
-    /// 400 with a reason.
-    pub(super) const fn malformed(message: &'static str) -> Self {
-        Self {
-            status: StatusCode::BAD_REQUEST,
-            code: "malformed_request",
-            message,
-        }
+    /// The answer: an error as OpenAI's API words it, so that clients show the message.
+    pub(super) fn response(&self) -> Response<AnswerBody> {
+        let kind = match self.status.is_client_error() {
+            true => "invalid_request_error",
+            false => "server_error",
+        };
+        let error =
+            json!({ "message": self.message, "type": kind, "code": self.code, "param": null });
+        let body = json!({ "error": error }).to_string();
+        let mut response = Response::new(Either::Left(body.into()));
+        *response.status_mut() = self.status;
+        let json = HeaderValue::from_static("application/json");
+        response.headers_mut().insert(CONTENT_TYPE, json);
+        response
     }
-}
-
-/// An error as OpenAI's API words it, so that clients show the message.
-pub(super) fn error_response(
-    status: StatusCode,
-    code: &str,
-    message: &str,
-) -> Response<AnswerBody> {
-    let kind = if status.is_client_error() {
-        "invalid_request_error"
-    } else {
-        "server_error"
-    };
-    let message = json!(message);
-    let body = format!(
-        r#"{{"error":{{"message":{message},"type":"{kind}","code":"{code}","param":null}}}}"#
-    );
-    let mut response = Response::new(Either::Left(body.into()));
-    *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
 }

@@ -78,19 +78,15 @@ impl Credential {
         // The longest key and a CR LF behind it.
         let input = &mut rest[..MAX_KEY + 2];
         let mut filled = 0;
-        let line = loop {
-            let count = read(&mut input[filled..])
-                .map_err(|error| format!("cannot read the key from stdin: {error}"))?;
-            let fresh = filled..filled + count;
-            filled = fresh.end;
-            if let Some(newline) = input[fresh].iter().position(|&byte| byte == b'\n') {
-                break filled - count + newline;
+        while filled < input.len() && !input[..filled].contains(&b'\n') {
+            match read(&mut input[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) => return Err(format!("cannot read the key from stdin: {error}")),
             }
-            if count == 0 || filled == input.len() {
-                break filled;
-            }
-        };
-        let end = key_length(&input[..line])?;
+        }
+        let line = input[..filled].split(|&byte| byte == b'\n').next();
+        let end = key_length(line.unwrap_or_default())?;
         rest[end..].zeroize();
         rest[end..end + 2].copy_from_slice(b"\r\n");
         let page = page

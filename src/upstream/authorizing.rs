@@ -56,54 +56,30 @@ impl Opening {
 
     /// Where a write of `written` bytes from `at` leads, and how many of these were hyper's.
     fn advance(&self, at: usize, written: usize) -> (Option<usize>, usize) {
-        let (line, both) = (self.line.len(), self.length());
+        let line = self.line.len();
+        let both = line + self.credential.header_line().len();
         let end = at + written;
         let of_line = end.min(line).saturating_sub(at);
         let behind = end.saturating_sub(both);
         ((end < both).then_some(end), of_line + behind)
-    }
-
-    fn length(&self) -> usize {
-        self.line.len() + self.credential.header_line().len()
     }
 }
 
 /// What the stream and whoever sends requests over it tell each other.
 #[derive(Default)]
 pub(super) struct Progress {
-    /// How much of both lines has been written; `None` where what passes is no request's beginning.
-    at: Cell<Option<usize>>,
+    /// How much of both lines has been written; `None` where what passes is no request's beginning. Set
+    /// to 0 when the next thing that hyper writes is a request.
+    pub(super) at: Cell<Option<usize>>,
     /// Something was to be written since the last flush that succeeded.
-    is_unflushed: Cell<bool>,
-}
-
-impl Progress {
-    /// The next thing that hyper writes is a request.
-    pub(super) fn arm(&self) {
-        self.at.set(Some(0));
-    }
-
-    /// Whether the last request has gone out whole, so that the next bytes can be another.
-    pub(super) fn is_flushed(&self) -> bool {
-        !self.is_unflushed.get()
-    }
+    pub(super) is_unflushed: Cell<bool>,
 }
 
 /// A stream to the upstream that adds the credential to each request.
 pub(super) struct Authorizing<S> {
-    stream: S,
-    opening: Rc<Opening>,
-    progress: Rc<Progress>,
-}
-
-impl<S> Authorizing<S> {
-    pub(super) fn new(stream: S, opening: Rc<Opening>, progress: Rc<Progress>) -> Self {
-        Self {
-            stream,
-            opening,
-            progress,
-        }
-    }
+    pub(super) stream: S,
+    pub(super) opening: Rc<Opening>,
+    pub(super) progress: Rc<Progress>,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Authorizing<S> {
@@ -242,12 +218,12 @@ mod tests {
         let mut left = pieces.as_mut_slice();
         while left.iter().any(|piece| !piece.is_empty()) {
             match Pin::new(&mut *stream).poll_write_vectored(&mut cx, left) {
-                Poll::Pending => assert!(!stream.progress.is_flushed()),
+                Poll::Pending => assert!(stream.progress.is_unflushed.get()),
                 Poll::Ready(count) => IoSlice::advance_slices(&mut left, count?),
             }
         }
         assert!(Pin::new(&mut *stream).poll_flush(&mut cx).is_ready());
-        assert!(stream.progress.is_flushed());
+        assert!(!stream.progress.is_unflushed.get());
         Ok(())
     }
 
@@ -260,10 +236,14 @@ mod tests {
                 takes: takes.iter().copied().collect(),
                 ..Wire::default()
             };
-            let mut stream = Authorizing::new(wire, Rc::clone(&opening), Rc::clone(&progress));
+            let mut stream = Authorizing {
+                stream: wire,
+                opening: Rc::clone(&opening),
+                progress: Rc::clone(&progress),
+            };
             // The second request takes the same way, and what is between them none.
             for _ in 0..2 {
-                progress.arm();
+                progress.at.set(Some(0));
                 write(&mut stream, pieces).unwrap();
                 write(&mut stream, &[b"more"]).unwrap();
             }
@@ -298,9 +278,12 @@ mod tests {
             "rest of a body",
         ] {
             let progress = Rc::new(Progress::default());
-            let mut stream =
-                Authorizing::new(Wire::default(), Rc::clone(&opening), Rc::clone(&progress));
-            progress.arm();
+            let mut stream = Authorizing {
+                stream: Wire::default(),
+                opening: Rc::clone(&opening),
+                progress: Rc::clone(&progress),
+            };
+            progress.at.set(Some(0));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);
             assert!(
                 !stream

@@ -32,8 +32,12 @@ pub struct Link {
 impl Link {
     /// A connection that has not been used.
     pub(super) async fn new(stream: Stream, opening: Rc<Opening>) -> hyper::Result<Self> {
-        let progress = Rc::default();
-        let stream = Authorizing::new(stream, opening, Rc::clone(&progress));
+        let progress: Rc<Progress> = Rc::default();
+        let stream = Authorizing {
+            stream,
+            opening,
+            progress: Rc::clone(&progress),
+        };
         let (sender, connection) = Builder::new()
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
@@ -66,7 +70,7 @@ impl Link {
         &mut self,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
-        self.progress.arm();
+        self.progress.at.set(Some(0));
         let mut answer = pin!(self.sender.try_send_request(request));
         poll_fn(|cx| {
             self.drive(cx);
@@ -87,7 +91,7 @@ impl Link {
     /// Whether all that hyper has been given to send is sent.
     #[must_use]
     pub fn is_flushed(&self) -> bool {
-        self.progress.is_flushed()
+        !self.progress.is_unflushed.get()
     }
 }
 

@@ -128,22 +128,19 @@ pub async fn discard(mut body: impl Body + Unpin) {
 
 /// Looks at how an answer is framed: that header ends here, so what it says must have been done.
 fn checked(mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
-    let codings: Vec<_> = answer.headers().get_all(TRANSFER_ENCODING).iter().collect();
-    let is_chunked = match codings[..] {
-        [] => false,
-        [coding] => coding.as_bytes().eq_ignore_ascii_case(b"chunked"),
-        _ => false,
-    };
-    let detail = if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        "an upgrade that nobody asked for"
-    } else if codings.is_empty() {
-        return Ok(answer);
-    } else if is_chunked && answer.version() == Version::HTTP_11 {
-        // Chunks go before a length (RFC 9112, section 6.3).
-        answer.headers_mut().remove(CONTENT_LENGTH);
-        return Ok(answer);
-    } else {
-        "a transfer coding other than chunked"
+    let codings = answer.headers().get_all(TRANSFER_ENCODING).iter();
+    let codings: Vec<&[u8]> = codings.map(HeaderValue::as_bytes).collect();
+    let detail = match &codings.concat().to_ascii_lowercase()[..] {
+        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            "an upgrade that nobody asked for"
+        }
+        b"" => return Ok(answer),
+        b"chunked" if answer.version() == Version::HTTP_11 => {
+            // Chunks go before a length (RFC 9112, section 6.3).
+            answer.headers_mut().remove(CONTENT_LENGTH);
+            return Ok(answer);
+        }
+        _ => "a transfer coding other than chunked",
     };
     let message = "the upstream's answer is not HTTP that can be passed on (protocol)";
     Err(Failure::protocol(message, detail.into()))
