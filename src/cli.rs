@@ -55,38 +55,21 @@ pub fn explain(error: &clap::Error) -> String {
         Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
         _ => None,
     };
-    let help = "see --help";
-    let flag = context(ContextKind::InvalidArg).filter(|flag| is_known(flag));
-    match (error.kind(), flag) {
-        (ErrorKind::ArgumentConflict, Some(flag)) => {
-            format!("{flag} is given more than once: {help}")
+    // Of all kinds but an unknown one, the argument is a flag of ours.
+    let flag = context(ContextKind::InvalidArg).unwrap_or("the command line");
+    let what = match error.kind() {
+        ErrorKind::ArgumentConflict => "is given more than once",
+        ErrorKind::InvalidValue | ErrorKind::ValueValidation | ErrorKind::NoEquals => {
+            "has no value or one that can't be used"
         }
-        (
-            ErrorKind::InvalidValue | ErrorKind::ValueValidation | ErrorKind::NoEquals,
-            Some(flag),
-        ) => {
-            format!("{flag} has no value or one that can't be used: {help}")
+        ErrorKind::TooManyValues => "takes no value",
+        ErrorKind::UnknownArgument => {
+            return match context(ContextKind::SuggestedArg) {
+                Some(suggestion) => format!("unknown flag: did you mean {suggestion}?"),
+                None => "unknown flag or argument; the key is given on stdin and never as an argument: see --help".into(),
+            };
         }
-        (ErrorKind::TooManyValues, Some(flag)) => format!("{flag} takes no value: {help}"),
-        (ErrorKind::UnknownArgument, _) => match context(ContextKind::SuggestedArg) {
-            Some(suggestion) => format!("unknown flag: did you mean {suggestion}?"),
-            None => format!(
-                "unknown flag or argument; the key is given on stdin and never as an argument: {help}"
-            ),
-        },
-        _ => format!("the command line can't be understood: {help}"),
-    }
-}
-
-/// Whether a text that clap gives is one of our flags, with or without its value's name.
-fn is_known(flag: &str) -> bool {
-    use clap::CommandFactory;
-    let name = flag
-        .split([' ', '='])
-        .next()
-        .unwrap_or_default()
-        .trim_start_matches('-');
-    Arguments::command()
-        .get_arguments()
-        .any(|argument| argument.get_long() == Some(name))
+        _ => return "the command line can't be understood: see --help".into(),
+    };
+    format!("{flag} {what}: see --help")
 }

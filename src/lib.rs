@@ -85,8 +85,7 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 /// sentence on what is wrong and what to do; never with the key in it.
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
-    let complain = |sentence| log::line(format_args!("{sentence}"));
-    let way = proxy::outbound_proxy(&target, |name| std::env::var_os(name), complain)?;
+    let way = proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
     let allowed = AllowList::parse(&arguments.allow_user)?;
     let connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
     let limit = listener::connection_limit();

@@ -106,13 +106,9 @@ fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
 /// need a descriptor of its own and one to the upstream.
 #[must_use]
 pub fn connection_limit() -> usize {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return 1;
-    };
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    };
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
+    let is_raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+    let limit = if is_raised { hard } else { soft };
     let descriptors = usize::try_from(limit).unwrap_or(usize::MAX);
     (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
 }

@@ -16,7 +16,12 @@ use tokio::net::TcpStream;
 /// Sizes in bytes of what is sent and received (linux/netlink.h, linux/inet_diag.h).
 const HEADER: usize = 16;
 const REQUEST: usize = HEADER + 56;
-const REPLY: usize = HEADER + 72;
+
+/// Where in a reply the uid is (linux/inet_diag.h, `idiag_uid`).
+const UID: usize = HEADER + 64;
+
+/// `NLMSG_ERROR` (linux/netlink.h).
+const ERROR: u16 = 2;
 
 /// `SOCK_DIAG_BY_FAMILY` (linux/sock_diag.h).
 const BY_FAMILY: u16 = 20;
@@ -90,7 +95,7 @@ impl SockDiag {
         let mut reply = [0; 512];
         // The kernel has answered before send(2) returns, so there is nothing to wait for.
         let count = recv(self.0.as_raw_fd(), &mut reply, MsgFlags::MSG_DONTWAIT)?;
-        read_reply(&reply[..count], &request)
+        read_reply(&reply[..count])
     }
 }
 
@@ -124,29 +129,21 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
 }
 
 /// Takes a `struct inet_diag_msg` apart, or the error in its place.
-fn read_reply(reply: &[u8], request: &[u8]) -> io::Result<Option<(u8, u32)>> {
+fn read_reply(reply: &[u8]) -> io::Result<Option<(u8, u32)>> {
     let word = |at: usize| {
         reply
             .get(at..)?
             .first_chunk()
             .copied()
-            .map(i32::from_ne_bytes)
+            .map(u32::from_ne_bytes)
     };
-    let kind = reply
-        .get(4..)
-        .and_then(|rest| rest.first_chunk().copied())
-        .map(u16::from_ne_bytes);
-    match (kind.map(i32::from), word(HEADER)) {
-        (Some(libc::NLMSG_ERROR), Some(code)) => match Errno::from_raw(-code) {
+    let kind = reply.get(4..).and_then(|rest| rest.first_chunk().copied());
+    match (kind.map(u16::from_ne_bytes), word(HEADER), word(UID)) {
+        (Some(BY_FAMILY), Some(_), Some(uid)) => Ok(Some((reply[HEADER + 1], uid))),
+        (Some(ERROR), Some(code), _) => match Errno::from_raw(code.cast_signed().wrapping_neg()) {
             Errno::ENOENT => Ok(None),
             error => Err(error.into()),
         },
-        (Some(kind), _) if kind == i32::from(BY_FAMILY) && reply.len() >= REPLY => {
-            let state = reply[HEADER + 1];
-            let is_the_one = reply[20..24] == request[24..28] || state == LISTEN;
-            let uid = word(80).filter(|_| is_the_one).map(i32::cast_unsigned);
-            Ok(uid.map(|uid| (state, uid)))
-        }
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }

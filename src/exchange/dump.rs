@@ -111,7 +111,7 @@ impl Exchange {
             head,
             body: Vec::new(),
             room: Arc::clone(&self.room),
-            held: None,
+            held: Arc::clone(&self.room).try_acquire_owned().ok(),
         };
         tap.hold(OVERHEAD);
         tap
@@ -135,32 +135,24 @@ impl Tap {
         if kept < data.len() {
             self.head["truncated"] = true.into();
         }
-        if self.held.is_some() {
-            self.hold(kept);
-        }
-        if self.held.is_some() {
+        if self.held.is_some() && self.hold(kept) {
             self.body.extend_from_slice(&data[..kept]);
         }
     }
 
     /// Takes room for so many more bytes; without it, lets go of all.
-    fn hold(&mut self, bytes: usize) {
+    fn hold(&mut self, bytes: usize) -> bool {
         let more = u32::try_from(bytes).unwrap_or(u32::MAX);
-        match (
-            Arc::clone(&self.room).try_acquire_many_owned(more),
-            &mut self.held,
-        ) {
-            (Ok(more), Some(held)) => held.merge(more),
-            (Ok(more), held) => *held = Some(more),
-            (Err(_), held) => {
-                *held = None;
-                self.body = Vec::new();
-                let path = self.path.display();
-                log::line(format_args!(
-                    "{path} is not written: too much is waiting to be"
-                ));
-            }
+        let more = Arc::clone(&self.room).try_acquire_many_owned(more);
+        if let (Ok(more), Some(held)) = (more, &mut self.held) {
+            held.merge(more);
+            return true;
         }
+        self.held = None;
+        self.body = Vec::new();
+        let path = self.path.display();
+        log::line(format_args!("{path} is not written: too much is waiting"));
+        false
     }
 }
 

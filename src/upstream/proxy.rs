@@ -7,10 +7,11 @@ use hyper::Uri;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 
 use super::target::{Target, usable_port};
+use crate::log;
 
 /// Finds the CONNECT proxy for `target` in `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` or their
-/// lower-case forms; `variable` looks one up. `complain` is given a sentence on entries of `NO_PROXY`
-/// that can't be used; many systems set such by default.
+/// lower-case forms; `variable` looks one up. Entries of `NO_PROXY` that can't be used are named in the
+/// log and no more: many systems set such by default.
 ///
 /// An upstream without TLS is on loopback and never goes through a proxy: that would show it the key.
 ///
@@ -21,7 +22,6 @@ use super::target::{Target, usable_port};
 pub fn outbound_proxy(
     target: &Target,
     variable: impl Fn(&str) -> Option<OsString>,
-    complain: impl FnOnce(String),
 ) -> Result<Option<Intercept>, String> {
     let lookup = |upper: &str| -> Result<(String, String), String> {
         let names = [upper.to_owned(), upper.to_ascii_lowercase()];
@@ -44,10 +44,9 @@ pub fn outbound_proxy(
         return Ok(None);
     }
     let (no_name, no) = lookup("NO_PROXY")?;
-    let entries = no.split(',').map(str::trim);
-    let unusable: Vec<&str> = entries.filter(|entry| !is_no_proxy_entry(entry)).collect();
+    let unusable = unusable_entries(&no);
     if !unusable.is_empty() {
-        complain(format!(
+        log::line(format_args!(
             "{no_name} has entries that match nothing here: {unusable:?}"
         ));
     }
@@ -77,18 +76,25 @@ fn check_proxy(name: &str, value: &str) -> Result<(), String> {
     }
 }
 
-/// Whether hyper-util's matcher gives the entry the meaning that its author had in mind.
-fn is_no_proxy_entry(entry: &str) -> bool {
+/// The entries to which hyper-util's matcher doesn't give the meaning that their author had in mind.
+fn unusable_entries(no_proxy: &str) -> Vec<&str> {
     let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
     let is_network = |(address, prefix): (&str, &str)| {
         let bits = if address.contains(':') { 128 } else { 32 };
         is_address(address) && prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
     };
     let is_in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    entry == "*"
-        || entry.bytes().all(is_in_name)
-        || is_address(entry)
-        || entry.split_once('/').is_some_and(is_network)
+    let is_unusable = |entry: &&str| {
+        *entry != "*"
+            && !entry.bytes().all(is_in_name)
+            && !is_address(entry)
+            && !entry.split_once('/').is_some_and(is_network)
+    };
+    no_proxy
+        .split(',')
+        .map(str::trim)
+        .filter(is_unusable)
+        .collect()
 }
 
 #[cfg(test)]
@@ -104,30 +110,20 @@ mod tests {
                 .find(|(n, _)| *n == name)
                 .map(|(_, value)| value.into())
         };
-        let found = outbound_proxy(&target, lookup, |_| {})?;
+        let found = outbound_proxy(&target, lookup)?;
         Ok(found.map(|proxy| proxy.uri().to_string()))
     }
 
     #[test]
-    fn no_proxy_counts_only_with_a_proxy_and_what_cannot_be_used_is_named() {
-        let usual = "*.local, 169.254/16, [::1], localhost:8080, 10.0.0.0/33, x.org";
-        for (url, proxy, expected) in [
-            ("https://api.openai.com/", "http://p:1", true),
-            ("https://api.openai.com/", "", false),
-            ("http://localhost/", "http://p:1", false),
-        ] {
-            let target = Target::parse(url).unwrap();
-            let lookup = |name: &str| match name {
-                "ALL_PROXY" => Some(proxy.into()),
-                "no_proxy" => Some(usual.into()),
-                _ => None,
-            };
-            let mut complaint = String::new();
-            let found = outbound_proxy(&target, lookup, |text| complaint = text).unwrap();
-            assert_eq!(found.is_some(), expected, "{url}");
-            let named = r#"no_proxy has entries that match nothing here: ["*.local", "169.254/16", "[::1]", "localhost:8080", "10.0.0.0/33"]"#;
-            assert_eq!(complaint, if expected { named } else { "" }, "{url}");
-        }
+    fn no_proxy_entries_that_match_nothing_are_told_from_others() {
+        let usable = "localhost, *, .x.org,openai.com,::1,10.0.0.1,10.0.0.0/8,fd00::/8,";
+        assert_eq!(unusable_entries(usable), [""; 0]);
+        let unusable = "*.local, 169.254/16, [::1], localhost:8080, 10.0.0.0/33, x/8";
+        let entries: Vec<_> = unusable.split(", ").collect();
+        assert_eq!(unusable_entries(unusable), entries);
+        // Whatever it says, it is no error.
+        let variables = [("ALL_PROXY", "http://p:1"), ("NO_PROXY", unusable)];
+        assert_eq!(proxy(&variables), Ok(Some("http://p:1/".to_owned())));
     }
 
     #[test]
