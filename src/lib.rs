@@ -10,12 +10,13 @@
 //! | [`upstream`] | what goes out: the target, connecting, adding the credential, links that are kept |
 //! | [`key`] | the credential: read once, in a page of its own |
 //!
-//! Beside them is what every program needs: [`cli`], [`hardening`], [`limits`], [`log`], [`server_info`],
+//! Beside them is what every program needs: [`cli`], [`failure`], [`hardening`], [`limits`], [`log`], [`server_info`],
 //! [`stop`].
 
 pub mod cli;
 pub mod client;
 pub mod exchange;
+pub mod failure;
 pub mod hardening;
 pub mod key;
 pub mod limits;

@@ -25,10 +25,7 @@ pub fn line(text: fmt::Arguments<'_>) {
     let lost = LOST.load(Ordering::Relaxed);
     let _ = match lost {
         0 => write!(line, "{text}"),
-        _ => write!(
-            line,
-            "{text} (before this, {lost} lines were lost: stderr took none)"
-        ),
+        _ => write!(line, "{text} (after {lost} lines that stderr did not take)"),
     };
     line.truncate(MAX_LINE - 1);
     line.push(b'\n');
@@ -51,15 +48,9 @@ pub fn tell_systemd(state: &sd_notify::NotifyState<'_>) {
 }
 
 /// A uid in a log line, or `-` where it isn't known.
-pub struct Uid(pub Option<u32>);
-
-impl fmt::Display for Uid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(uid) => uid.fmt(f),
-            None => f.write_str("-"),
-        }
-    }
+#[must_use]
+pub fn uid(uid: Option<u32>) -> String {
+    uid.map_or("-".into(), |uid| uid.to_string())
 }
 
 /// An error and what caused it, down to the system's own words.

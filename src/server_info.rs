@@ -85,7 +85,8 @@ fn create_beside(path: &Path) -> io::Result<ServerInfo> {
     }
     let random = RandomState::new().hash_one(std::process::id());
     let beside = parent.join(format!(".{}.{random:016x}", name.to_string_lossy()));
-    let file = OpenOptions::new()
+    let mut options = OpenOptions::new();
+    let file = options
         .write(true)
         .create_new(true)
         .mode(MODE)

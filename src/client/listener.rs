@@ -57,14 +57,8 @@ pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
     match (inherited.len(), inherited.next(), port) {
         (0, ..) => bind(port.unwrap_or(0)),
         (1, Some(fd), None) => adopt(fd).map_err(unusable),
-        (1, ..) => Err(
-            "--port is given, but the socket comes from systemd (LISTEN_FDS): leave --port out, \
-                        the port is set in the socket unit"
-                .into(),
-        ),
-        (count, ..) => Err(format!(
-            "LISTEN_FDS hands over {count} sockets: configure exactly one"
-        )),
+        (1, ..) => Err("--port is given, but the socket comes from systemd (LISTEN_FDS): leave it out, the socket unit sets the port".into()),
+        (count, ..) => Err(format!("LISTEN_FDS hands over {count} sockets: configure exactly one")),
     }
 }
 
@@ -127,10 +121,8 @@ pub async fn run(listener: TcpListener, check: Option<PeerCheck>, limit: usize, 
     }
     drop(listener);
     log::tell_systemd(&sd_notify::NotifyState::Stopping);
-    let _ = timeout(DRAIN_TIMEOUT, async {
-        while connections.join_next().await.is_some() {}
-    })
-    .await;
+    let all = async { while connections.join_next().await.is_some() {} };
+    let _ = timeout(DRAIN_TIMEOUT, all).await;
     connections.shutdown().await;
 }
 
@@ -151,11 +143,7 @@ async fn accept(
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             // Where `route_localnet` is on, neighbours reach 127.0.0.1, too.
-            Ok((_, peer)) if !peer.ip().to_canonical().is_loopback() => {
-                log::line(format_args!(
-                    "dropped a connection from {peer}, which is not this machine"
-                ));
-            }
+            Ok((_, peer)) if !peer.ip().to_canonical().is_loopback() => {}
             Ok((stream, _)) => {
                 is_failing = false;
                 let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));

@@ -52,11 +52,7 @@ impl SockDiag {
                  {error}; allow the address family AF_NETLINK"
             )
         })?);
-        let any = match listener.ip() {
-            IpAddr::V4(_) => IpAddr::from([0; 4]),
-            IpAddr::V6(_) => IpAddr::from([0; 16]),
-        };
-        match lookup.ask(listener, SocketAddr::new(any, 0)) {
+        match lookup.ask(listener, SocketAddr::new(listener.ip(), 0)) {
             Ok(Some((LISTEN, _))) => Ok(lookup),
             Ok(_) => Err(
                 "--allow-user needs the kernel to tell whose connection is whose, and it can't: \

@@ -47,18 +47,13 @@ impl Dumper {
     /// A sentence: the folder can't be made or written to, or others can look into it.
     pub fn new(folder: &Path) -> Result<Self, String> {
         let unusable = |error: io::Error| format!("--dump-dir {}: {error}", folder.display());
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(unusable)?;
-        let metadata = fs::metadata(folder).map_err(unusable)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        let metadata = made.and_then(|()| fs::metadata(folder)).map_err(unusable)?;
         let is_ours = metadata.uid() == nix::unistd::geteuid().as_raw();
         if metadata.permissions().mode() & 0o077 != 0 || !is_ours {
-            return Err(format!(
-                "--dump-dir {}: others can look into this folder or own it, and dumps hold prompts: use a new one, or one of your own with mode 700",
-                folder.display()
-            ));
+            return Err(unusable(io::Error::other(
+                "others can look into this folder or own it, and dumps hold prompts: use a new one, or one of your own with mode 700",
+            )));
         }
         Ok(Self {
             folder: folder.to_owned(),
@@ -184,14 +179,14 @@ fn as_text(head: &Value, body: &[u8]) -> String {
 
 /// Writes a new file for its owner alone, or none.
 fn write(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new()
+    let mut options = OpenOptions::new();
+    let mut file = options
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path)?;
-    file.write_all(text.as_bytes()).inspect_err(|_| {
-        let _ = fs::remove_file(path);
-    })
+    let written = file.write_all(text.as_bytes());
+    written.inspect_err(|_| drop(fs::remove_file(path)))
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
-use hyper::{Method, StatusCode, Version};
+use hyper::{Method, Version};
 
 use super::client::Client;
-use super::refusal::Refusal;
+use crate::failure::Failure;
 use crate::upstream::target::{is_loopback, usable_port};
 
 /// The one path that is forwarded.
@@ -19,33 +19,21 @@ const SHUTDOWN_PATH: &str = "/shutdown";
 /// (Fetch standard, forbidden request headers).
 const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
-const USER: Refusal = Refusal::new(
-    StatusCode::FORBIDDEN,
+const USER: Failure = Failure::forbidden(
     "user_not_allowed",
     "this user may not use this proxy, or its connection was closed too early to tell whose it is",
 );
-const BROWSER: Refusal = Refusal::new(
-    StatusCode::FORBIDDEN,
+const BROWSER: Failure = Failure::forbidden(
     "browser_not_allowed",
     "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
 );
-const FOREIGN_HOST: Refusal = Refusal::new(
-    StatusCode::FORBIDDEN,
+const FOREIGN_HOST: Failure = Failure::forbidden(
     "host_not_allowed",
     "the Host header must name this machine: localhost or a loopback address",
 );
-const NO_HOST: Refusal = Refusal::new(
-    StatusCode::BAD_REQUEST,
-    "malformed_request",
-    "an HTTP/1.1 request has exactly one Host header",
-);
-const CODING: Refusal = Refusal::new(
-    StatusCode::BAD_REQUEST,
-    "malformed_request",
-    "the only transfer coding understood here is chunked",
-);
-const OTHER: Refusal = Refusal::new(
-    StatusCode::FORBIDDEN,
+const NO_HOST: Failure = Failure::malformed("an HTTP/1.1 request has exactly one Host header");
+const CODING: Failure = Failure::malformed("the only transfer coding understood here is chunked");
+const OTHER: Failure = Failure::forbidden(
     "not_allowed",
     "this proxy forwards POST /v1/responses, without a query, and nothing else",
 );
@@ -64,7 +52,7 @@ pub(super) fn decide(
     request: &Parts,
     client: &Client,
     http_shutdown: bool,
-) -> Result<Wanted, Refusal> {
+) -> Result<Wanted, Failure> {
     let headers = &request.headers;
     if client.is_refused {
         return Err(USER);

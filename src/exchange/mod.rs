@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use http_body_util::Either;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, EXPECT, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
 use serde_json::json;
@@ -24,8 +24,8 @@ pub use self::client::Client;
 use self::dump::Dumper;
 use self::filter::Wanted;
 use self::record::Record;
-use self::refusal::Refusal;
-use crate::log::{self, Uid};
+use crate::failure::Failure;
+use crate::log;
 use crate::stop::Stop;
 use crate::upstream::{self, Upstream};
 
@@ -67,7 +67,7 @@ impl Proxy {
                 if !is_last && !head.headers.contains_key(EXPECT) {
                     upstream::discard(&mut upload).await;
                 }
-                self.end_here(decision.err(), Uid(client.uid))
+                self.end_here(decision.err(), &log::uid(client.uid))
             }
         };
         if is_last || !client.has_sent_all.get() {
@@ -78,7 +78,7 @@ impl Proxy {
     }
 
     /// Refuses a request, or ends the program.
-    fn end_here(&self, refusal: Option<Refusal>, uid: Uid) -> Response<AnswerBody> {
+    fn end_here(&self, refusal: Option<Failure>, uid: &str) -> Response<AnswerBody> {
         let Some(refusal) = refusal else {
             log::line(format_args!("stopping: GET /shutdown by uid={uid}"));
             self.stop.begin();
@@ -88,7 +88,7 @@ impl Proxy {
         log::line(format_args!(
             "refused uid={uid} status={status} reason={reason:?}"
         ));
-        refusal.response()
+        refusal::response(&refusal)
     }
 
     async fn forward(
@@ -103,7 +103,7 @@ impl Proxy {
             dump.begin("request", about, &head.headers)
         });
         let mut record = Record::new(Rc::clone(client));
-        let headers = headers::for_upstream(head.headers, &self.upstream.host);
+        let headers = headers::for_upstream(head.headers, self.upstream.target.host_header.clone());
         match self.upstream.send(headers, Box::pin(upload)).await {
             Ok((link, answer)) => {
                 let (mut head, body) = answer.into_parts();
@@ -113,14 +113,14 @@ impl Proxy {
                 client.link.replace(Some(link));
                 let download = Download::new(body, Rc::clone(&self.upstream), record);
                 head.version = Version::HTTP_11;
-                head.headers = headers::end_to_end(head.headers);
+                head.headers = headers::end_to_end(head.headers, HeaderMap::new(), &[]);
                 Response::from_parts(head, Either::Right(download))
             }
             // The step that failed, in plain words; the rest is logged.
             Err(failure) => {
                 record.begin(failure.status, None);
                 record.end(Some(format!("{}: {}", failure.message, failure.detail)));
-                Refusal::new(failure.status, failure.code, failure.message).response()
+                refusal::response(&failure)
             }
         }
     }

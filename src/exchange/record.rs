@@ -7,7 +7,7 @@ use hyper::StatusCode;
 
 use super::client::Client;
 use super::dump::Tap;
-use crate::log::{self, Uid};
+use crate::log;
 
 /// What is logged of one forwarded request, when it is over, however it ends.
 pub(super) struct Record {
@@ -62,7 +62,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let (uid, status, sent) = (Uid(self.client.uid), self.status, self.sent);
+        let (uid, status, sent) = (log::uid(self.client.uid), self.status, self.sent);
         let milliseconds = self.started.elapsed().as_millis();
         let received = self.client.received.get();
         let error = self.error.as_ref();

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroize;
 
-use self::page::{Page, Sealed};
+use self::page::Page;
 use self::prompt::EchoOff;
 
 /// What stands before the key in its header line (RFC 6750, section 2.1).
@@ -32,7 +32,7 @@ const MAX_KEY: usize = MAX_CREDENTIAL - b"Bearer ".len();
 ///
 /// There is no `Clone`, and `Debug` shows nothing of it. Dropping it wipes it.
 pub struct Credential {
-    page: Sealed,
+    page: Page,
     length: usize,
 }
 
@@ -70,29 +70,25 @@ impl Credential {
     ///
     /// As [`Credential::from_stdin`]. The page is wiped first.
     pub fn read(mut read: impl FnMut(&mut [u8]) -> io::Result<usize>) -> Result<Self, String> {
-        let mut page = Page::map().map_err(|error| {
-            format!("cannot lock a page of memory for the key: {error}; raise RLIMIT_MEMLOCK")
-        })?;
-        let (prefix, rest) = page.bytes().split_at_mut(PREFIX.len());
-        prefix.copy_from_slice(PREFIX);
-        // The longest key and a CR LF behind it.
-        let input = &mut rest[..MAX_KEY + 2];
-        let mut filled = 0;
-        while filled < input.len() && !input[..filled].contains(&b'\n') {
-            match read(&mut input[filled..]) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) => return Err(format!("cannot read the key from stdin: {error}")),
+        let (page, length) = Page::filled(|page| {
+            let (prefix, rest) = page.split_at_mut(PREFIX.len());
+            prefix.copy_from_slice(PREFIX);
+            // The longest key and a CR LF behind it.
+            let input = &mut rest[..MAX_KEY + 2];
+            let mut filled = 0;
+            while filled < input.len() && !input[..filled].contains(&b'\n') {
+                match read(&mut input[filled..]) {
+                    Ok(0) => break,
+                    Ok(count) => filled += count,
+                    Err(error) => return Err(format!("cannot read the key from stdin: {error}")),
+                }
             }
-        }
-        let line = input[..filled].split(|&byte| byte == b'\n').next();
-        let end = key_length(line.unwrap_or_default())?;
-        rest[end..].zeroize();
-        rest[end..end + 2].copy_from_slice(b"\r\n");
-        let page = page
-            .seal()
-            .map_err(|error| format!("cannot make the key's page read-only: {error}"))?;
-        let length = PREFIX.len() + end + 2;
+            let line = input[..filled].split(|&byte| byte == b'\n').next();
+            let end = key_length(line.unwrap_or_default())?;
+            rest[end..].zeroize();
+            rest[end..end + 2].copy_from_slice(b"\r\n");
+            Ok(PREFIX.len() + end + 2)
+        })?;
         Ok(Self { page, length })
     }
 

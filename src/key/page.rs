@@ -8,54 +8,50 @@ use zeroize::Zeroize;
 /// How much is mapped, in bytes; the kernel rounds it up to a whole page.
 const BYTES: usize = 4096;
 
-/// A page that is being filled. Wiped if it is dropped before it is sealed.
-pub(super) struct Page(Option<MmapMut>);
+/// A read-only page. Dropping it wipes it.
+pub(super) struct Page(Option<Mmap>);
 
 impl Page {
-    /// Maps a zeroed page, locks it (mlock(2)) and keeps it out of dumps and forks (madvise(2)).
-    pub(super) fn map() -> io::Result<Self> {
-        let map = MmapMut::map_anon(BYTES)?;
-        map.lock()?;
-        // macOS dumps no core here (`RLIMIT_CORE` is zero), and this program never forks.
-        #[cfg(target_os = "linux")]
-        for advice in [memmap2::Advice::DontDump, memmap2::Advice::DontFork] {
-            map.advise(advice)?;
+    /// A page with what `fill` puts there, and what it says of that.
+    ///
+    /// # Errors
+    ///
+    /// That of `fill`, after the page is wiped, or a sentence on what the system refused.
+    pub(super) fn filled<T>(
+        fill: impl FnOnce(&mut [u8]) -> Result<T, String>,
+    ) -> Result<(Self, T), String> {
+        let mut map = locked().map_err(|error| {
+            format!("cannot lock a page of memory for the key: {error}; raise RLIMIT_MEMLOCK")
+        })?;
+        let outcome = fill(&mut map).inspect_err(|_| map.zeroize())?;
+        match map.make_read_only() {
+            Ok(map) => Ok((Self(Some(map)), outcome)),
+            Err(error) => Err(format!("cannot make the key's page read-only: {error}")),
         }
-        Ok(Self(Some(map)))
     }
 
-    /// All of it.
-    pub(super) fn bytes(&mut self) -> &mut [u8] {
-        self.0.as_deref_mut().unwrap_or_default()
-    }
-
-    /// Makes it read-only.
-    pub(super) fn seal(mut self) -> io::Result<Sealed> {
-        let map = self.0.take().ok_or(io::ErrorKind::NotFound)?;
-        Ok(Sealed(Some(map.make_read_only()?)))
-    }
-}
-
-impl Drop for Page {
-    fn drop(&mut self) {
-        self.bytes().zeroize();
-    }
-}
-
-/// A page that holds its content until it is dropped, which wipes it.
-pub(super) struct Sealed(Option<Mmap>);
-
-impl Sealed {
     /// All of it.
     pub(super) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
 }
 
-impl Drop for Sealed {
+impl Drop for Page {
     fn drop(&mut self) {
         if let Some(Ok(mut map)) = self.0.take().map(Mmap::make_mut) {
             map.zeroize();
         }
     }
+}
+
+/// Maps a zeroed page, locks it (mlock(2)) and keeps it out of dumps and forks (madvise(2)).
+fn locked() -> io::Result<MmapMut> {
+    let map = MmapMut::map_anon(BYTES)?;
+    map.lock()?;
+    // macOS dumps no core here (`RLIMIT_CORE` is zero), and this program never forks.
+    #[cfg(target_os = "linux")]
+    for advice in [memmap2::Advice::DontDump, memmap2::Advice::DontFork] {
+        map.advise(advice)?;
+    }
+    Ok(map)
 }

@@ -18,8 +18,8 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
-use super::failure::Failure;
 use super::target::Target;
+use crate::failure::Failure;
 
 /// How long connecting may take: looking the name up, TCP, the proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,13 +42,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 /// Makes connections to one target.
 pub struct Connector {
     origin: Uri,
-    transport: Transport,
+    http: HttpConnector,
+    /// The way through a proxy, if there is one.
+    tunnel: Option<Tunnel<HttpConnector>>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
-}
-
-enum Transport {
-    Direct(HttpConnector),
-    Tunnel(Tunnel<HttpConnector>),
 }
 
 impl Connector {
@@ -68,27 +65,22 @@ impl Connector {
         http.set_keepalive(Some(KEEPALIVE_AFTER));
         http.set_keepalive_interval(Some(KEEPALIVE_EVERY));
         http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
-        let transport = match proxy {
-            None => Transport::Direct(http),
-            Some(proxy) => {
-                let mut tunnel = Tunnel::new(proxy.uri().clone(), http);
-                if let Some(auth) = proxy.basic_auth() {
-                    tunnel = tunnel.with_auth(auth.clone());
-                }
-                Transport::Tunnel(tunnel)
+        let tunnel = proxy.map(|proxy| {
+            let tunnel = Tunnel::new(proxy.uri().clone(), http.clone());
+            match proxy.basic_auth() {
+                Some(auth) => tunnel.with_auth(auth.clone()),
+                None => tunnel,
             }
-        };
+        });
         let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
-        let name = target
-            .tls_name
-            .clone()
-            .map(ServerName::try_from)
-            .transpose();
-        let name =
-            name.map_err(|_| "--upstream-url has a host that no certificate can be issued for")?;
+        let name = target.tls_name.clone().map(ServerName::try_from);
+        let name = name
+            .transpose()
+            .map_err(|_| "--upstream-url has a host for which there is no certificate")?;
         Ok(Self {
             origin: target.origin.clone(),
-            transport,
+            http,
+            tunnel,
             tls: name.map(|name| (tls, name)),
         })
     }
@@ -99,11 +91,8 @@ impl Connector {
     /// the first request, and better after the socket listens than before.
     pub fn warm_up(&self) {
         if let Some((connector, _)) = &self.tls {
-            let _ = connector
-                .config()
-                .crypto_provider()
-                .secure_random
-                .fill(&mut [0]);
+            let provider = connector.config().crypto_provider();
+            let _ = provider.secure_random.fill(&mut [0]);
         }
     }
 
@@ -125,9 +114,9 @@ impl Connector {
 
     async fn connect_unbounded(&self) -> Result<Stream, Failure> {
         let origin = self.origin.clone();
-        let tcp = match &self.transport {
-            Transport::Direct(http) => http.clone().call(origin).await.map_err(no_socket)?,
-            Transport::Tunnel(tunnel) => {
+        let tcp = match &self.tunnel {
+            None => self.http.clone().call(origin).await.map_err(no_socket)?,
+            Some(tunnel) => {
                 let message = "the proxy on the way to the upstream made no tunnel (proxy)";
                 let tunnel = tunnel.clone().call(origin).await;
                 tunnel.map_err(Failure::unreachable(message))?

@@ -3,7 +3,6 @@
 
 mod authorizing;
 mod connector;
-mod failure;
 mod link;
 mod pool;
 pub mod proxy;
@@ -16,25 +15,23 @@ use std::task::Poll;
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
-use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
 use self::authorizing::Opening;
 pub use self::connector::Connector;
-pub use self::failure::Failure;
 pub use self::link::{Link, RequestBody, unwoken};
 use self::pool::Pool;
 use self::target::Target;
+use crate::failure::Failure;
 use crate::key::Credential;
 
 /// The upstream, and the links to it that are kept.
 pub struct Upstream {
     connector: Connector,
     opening: Rc<Opening>,
-    /// The target of every request.
-    origin_form: Uri,
-    /// The value of every request's `Host`.
-    pub host: HeaderValue,
+    /// Where it is.
+    pub target: Target,
     pool: Pool,
 }
 
@@ -45,8 +42,7 @@ impl Upstream {
         Self {
             connector,
             opening: Rc::new(Opening::new(&target.origin_form.to_string(), credential)),
-            origin_form: target.origin_form,
-            host: target.host_header,
+            target,
             pool: Pool::default(),
         }
     }
@@ -73,7 +69,7 @@ impl Upstream {
     ) -> Result<(Link, Response<Incoming>), Failure> {
         let mut request = Request::new(body);
         *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.origin_form.clone();
+        *request.uri_mut() = self.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
             let kept = self.take();
@@ -130,18 +126,18 @@ pub async fn discard(mut body: impl Body + Unpin) {
 fn checked(mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
     let codings = answer.headers().get_all(TRANSFER_ENCODING).iter();
     let codings: Vec<&[u8]> = codings.map(HeaderValue::as_bytes).collect();
-    let detail = match &codings.concat().to_ascii_lowercase()[..] {
-        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
-            "an upgrade that nobody asked for"
-        }
-        b"" => return Ok(answer),
+    match &codings.concat().to_ascii_lowercase()[..] {
+        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failure::no_answer(
+            "the upstream upgraded the connection unasked (protocol)",
+        )),
+        b"" => Ok(answer),
         b"chunked" if answer.version() == Version::HTTP_11 => {
             // Chunks go before a length (RFC 9112, section 6.3).
             answer.headers_mut().remove(CONTENT_LENGTH);
-            return Ok(answer);
+            Ok(answer)
         }
-        _ => "a transfer coding other than chunked",
-    };
-    let message = "the upstream's answer is not HTTP that can be passed on (protocol)";
-    Err(Failure::protocol(message, detail.into()))
+        _ => Err(Failure::no_answer(
+            "the upstream's answer has a transfer coding other than chunked (protocol)",
+        )),
+    }
 }
