@@ -14,31 +14,14 @@
     }:
     let
       inherit (nixpkgs) lib;
-      systems = [
-        "x86_64-linux"
-        "aarch64-linux"
-        "aarch64-darwin"
-      ];
-      forEachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
-      # Formatter and linters for Nix. On Linux they come from the package set of a NixOS machine: the same
-      # one, but there also where a stand-in for legacyPackages lends the host's tools to builds.
-      nixTools =
-        pkgs:
-        let
-          inherit (pkgs.stdenv.hostPlatform) isLinux system;
-          machine = lib.nixosSystem { modules = [ { nixpkgs.hostPlatform = system; } ]; };
-          tools = if isLinux then machine.pkgs else pkgs;
-        in
-        {
-          inherit (tools) deadnix nixfmt-tree statix;
-          # the same output as the original, with no Haskell compiler to build it
-          nixfmt = tools.nixfmt-rs or tools.nixfmt;
-        };
-      build =
-        pkgs:
-        pkgs.callPackage ./nix/package.nix {
-          craneLib = crane.mkLib pkgs;
-        };
+      forEachSystem =
+        f:
+        lib.genAttrs [
+          "x86_64-linux"
+          "aarch64-linux"
+          "aarch64-darwin"
+        ] (system: f nixpkgs.legacyPackages.${system});
+      build = pkgs: pkgs.callPackage ./nix/package.nix { craneLib = crane.mkLib pkgs; };
     in
     {
       packages = forEachSystem (
@@ -61,7 +44,6 @@
         import ./nix/checks.nix {
           inherit self nixpkgs pkgs;
           built = build pkgs;
-          inherit (nixTools pkgs) nixfmt;
         }
       );
 
@@ -79,19 +61,12 @@
           packages = [
             pkgs.cargo-deny
             pkgs.cargo-nextest
-            (nixTools pkgs).deadnix
-            (nixTools pkgs).nixfmt
-            (nixTools pkgs).statix
+            pkgs.deadnix
+            pkgs.nixfmt
           ];
         };
       });
 
-      formatter = forEachSystem (
-        pkgs:
-        let
-          inherit (nixTools pkgs) nixfmt nixfmt-tree;
-        in
-        nixfmt-tree.override { nixfmtPackage = nixfmt; }
-      );
+      formatter = forEachSystem (pkgs: pkgs.nixfmt-tree);
     };
 }

@@ -4,24 +4,28 @@
   nixpkgs,
   pkgs,
   built,
-  nixfmt,
 }:
 let
   inherit (pkgs) lib;
   inherit (pkgs.stdenv.hostPlatform) system isLinux;
-  inherit (built) craneLib package sources;
+  inherit (built) craneLib dev sources;
   inherit (self.packages.${system}) static;
-  exe = lib.getExe package;
+  exe = lib.getExe built.package;
+
+  # A store path as it stands in a file: Nix's digits know no e, which is what crane overwrites them with.
+  storePath = "${builtins.storeDir}/[0-9a-df-np-sv-z]{32}-[a-zA-Z0-9+._?=-]+";
 
   nixFiles = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.fileFilter (file: file.hasExt "nix") ../.;
   };
-
-  # A store path as it stands in a file: Nix's digits know no e, which is what crane overwrites them with.
-  storePath = "${builtins.storeDir}/[0-9a-df-np-sv-z]{32}-[a-zA-Z0-9+._?=-]+";
-
-  rendered = import ./rendered.nix { inherit self nixpkgs system; };
+  # What a tool says of every Nix file here.
+  lint =
+    tool: command:
+    pkgs.runCommand "codex-responses-proxy-${lib.getName tool}" { nativeBuildInputs = [ tool ]; } ''
+      find ${nixFiles} -name '*.nix' -print0 | xargs -0 ${command}
+      touch $out
+    '';
 in
 {
   # The program starts, and holds no path of the toolchain or of a dependency's source.
@@ -35,45 +39,45 @@ in
     fi
   '';
 
+  # The demo shows what it is there for.
+  demo = pkgs.runCommand "codex-responses-proxy-demo-check" { } ''
+    ${lib.getExe built.demo} </dev/null | tee $out
+  '';
+
   clippy = craneLib.cargoClippy (
-    built.dev
-    // {
-      src = sources.all;
-      cargoClippyExtraArgs = "--all-targets -- --deny warnings";
-    }
+    dev // { cargoClippyExtraArgs = "--all-targets -- --deny warnings"; }
   );
 
-  fmt = craneLib.cargoFmt { src = sources.all; };
+  fmt = craneLib.cargoFmt {
+    src = sources.all;
+    doInstallCargoArtifacts = false;
+  };
 
   nextest = craneLib.cargoNextest (
-    built.dev
+    dev
     // {
-      src = sources.all;
-      cargoNextestExtraArgs = "--no-fail-fast --no-tests=pass";
-      # where builds run as root, tests start the program as somebody else
-      preCheck = ''chmod a+x "$NIX_BUILD_TOP"'';
+      cargoExtraArgs = "--locked";
+      cargoNextestExtraArgs = "--no-fail-fast";
     }
   );
 
   doc = craneLib.cargoDoc (
-    built.dev
+    dev
     // {
-      env = built.dev.env // {
+      env = dev.env // {
         RUSTDOCFLAGS = "--deny warnings";
       };
     }
   );
 
-  # advisories change by the day and need the network; see CONTRIBUTING
+  # advisories change by the day and need the network: .github/workflows/advisories.yml
   deny = craneLib.cargoDeny {
     src = sources.deny;
     cargoDenyChecks = "bans licenses sources";
   };
 
-  nixfmt = pkgs.runCommand "codex-responses-proxy-nixfmt" { nativeBuildInputs = [ nixfmt ]; } ''
-    find ${nixFiles} -name '*.nix' -print0 | xargs -0 nixfmt --check
-    touch $out
-  '';
+  nixfmt = lint pkgs.nixfmt "nixfmt --check";
+  deadnix = lint pkgs.deadnix "deadnix --fail";
 }
 // lib.optionalAttrs isLinux {
   # The static build runs, needs no loader and holds no store path at all.
@@ -84,7 +88,11 @@ in
     touch $out
   '';
 
-  unit = import ./unit-check.nix { inherit pkgs package rendered; };
+  unit = import ./unit-check.nix {
+    inherit pkgs;
+    inherit (built) package;
+    rendered = import ./rendered.nix { inherit self nixpkgs system; };
+  };
 
   examples = import ./examples-check.nix { inherit self nixpkgs pkgs; };
 

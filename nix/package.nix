@@ -1,4 +1,4 @@
-# The program and its demo, and what the checks need to build more from the same dependencies.
+# The program and its demo, and what the checks need to build more.
 {
   lib,
   craneLib,
@@ -12,58 +12,59 @@ let
       fileset = fs.unions files;
     };
 
-  rustFiles = fs.fileFilter (file: file.hasExt "rs");
-
   # What the program is made of. Nothing else changes its store path.
   program = [
+    ../.cargo/config.toml
     ../Cargo.lock
     ../Cargo.toml
     ../src
-    # named in Cargo.toml, so cargo wants to see them
-    (fs.maybeMissing ../benches)
   ];
   sources = {
     program = source program;
-    demo = source (program ++ [ (rustFiles ../examples) ]);
     # everything that cargo compiles
     all = source (
       program
       ++ [
-        (rustFiles ../examples)
-        (rustFiles ../tests)
+        ../benches
+        (fs.difference ../examples ../examples/nixos)
+        (fs.difference ../tests ../tests/systemd)
       ]
     );
     deny = source (program ++ [ ../deny.toml ]);
   };
 
   common = {
-    src = sources.program;
     strictDeps = true;
-    # tests listen on loopback
+    # tests and the demo listen on loopback
     __darwinAllowLocalNetworking = true;
-    env = {
-      # The C code of aws-lc-sys is compiled with warnings as errors here and there,
-      # and glibc warns about _FORTIFY_SOURCE without optimisation.
+    # aws-lc is built from source: no library of the system's slips in
+    env.AWS_LC_SYS_USE_SYSTEM = "0";
+  };
+
+  # In release, with no tests and what they depend on: all that installing the program takes.
+  releaseArgs = common // {
+    src = sources.program;
+    doCheck = false;
+  };
+  release = releaseArgs // {
+    cargoArtifacts = craneLib.buildDepsOnly (
+      releaseArgs // { buildPhaseCargoCommand = "cargoWithProfile build --locked"; }
+    );
+  };
+
+  # For the demo and the checks, so that not every test goes through link-time optimisation.
+  devArgs = common // {
+    src = sources.all;
+    CARGO_PROFILE = "dev";
+    env = common.env // {
+      # glibc warns about nixpkgs' _FORTIFY_SOURCE where C code is not optimised
       CARGO_PROFILE_DEV_OPT_LEVEL = "1";
       CARGO_PROFILE_DEV_DEBUG = "line-tables-only";
     };
   };
-
-  # Built once: in release for the program, in dev for tests and lints, so that
-  # not every test binary goes through link-time optimisation.
-  cargoArtifacts = craneLib.buildDepsOnly (
-    common
-    // {
-      cargoCheckCommand = "cargo check";
-      cargoTestCommand = "cargo test";
-    }
-  );
-
-  withArtifacts = common // {
-    inherit cargoArtifacts;
-  };
-  dev = withArtifacts // {
-    CARGO_PROFILE = "dev";
+  dev = devArgs // {
+    cargoArtifacts = craneLib.buildDepsOnly devArgs;
+    doInstallCargoArtifacts = false;
   };
 
   meta = {
@@ -71,11 +72,8 @@ let
     longDescription = ''
       A proxy on loopback that reads an OpenAI API key from its standard input,
       forwards POST /v1/responses with that key added, and refuses everything
-      else. It takes the place of OpenAI's own codex-responses-api-proxy, flag
-      for flag.
+      else. It takes the command lines of OpenAI's own codex-responses-api-proxy.
     '';
-    homepage = "https://github.com/codex-responses-proxy/codex-responses-proxy";
-    changelog = "https://github.com/codex-responses-proxy/codex-responses-proxy/blob/main/CHANGELOG.md";
     license = [
       lib.licenses.mit
       lib.licenses.asl20
@@ -86,11 +84,9 @@ let
   };
 
   package = craneLib.buildPackage (
-    withArtifacts
+    release
     // {
       inherit meta;
-      # the check `nextest` runs them
-      doCheck = false;
       # no trace of where it was built
       disallowedReferences = [ package.cargoVendorDir ];
     }
@@ -99,9 +95,9 @@ let
   demo = craneLib.buildPackage (
     dev
     // {
-      src = sources.demo;
       pname = "codex-responses-proxy-demo";
       cargoBuildExtraArgs = "--example demo";
+      # the check `nextest` runs the tests
       doCheck = false;
       postInstall = "mv $out/bin/demo $out/bin/codex-responses-proxy-demo";
       meta = meta // {
@@ -117,7 +113,6 @@ in
     package
     demo
     sources
-    withArtifacts
     dev
     ;
 }
