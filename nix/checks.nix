@@ -88,11 +88,7 @@ in
     touch $out
   '';
 
-  unit = import ./unit-check.nix {
-    inherit pkgs;
-    inherit (built) package;
-    rendered = import ./rendered.nix { inherit self nixpkgs system; };
-  };
+  unit = import ./unit-check.nix { inherit self nixpkgs pkgs; };
 
   examples = import ./examples-check.nix { inherit self nixpkgs pkgs; };
 

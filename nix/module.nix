@@ -7,16 +7,21 @@
   ...
 }:
 let
-  inherit (lib) mkEnableOption mkOption types;
-  cfg = config.services.codex-responses-proxy;
+  inherit (lib)
+    mkDefault
+    mkEnableOption
+    mkOption
+    types
+    ;
+  inherit (pkgs.stdenv.hostPlatform) system;
   name = "codex-responses-proxy";
+  cfg = config.services.${name};
+  toml = pkgs.formats.toml { };
 
   # systemd reads % in a unit as the start of a specifier
   escapeSpecifiers = lib.replaceStrings [ "%" ] [ "%%" ];
 
-  keyFile = toString cfg.keyFile;
-  documentation = lib.optional (cfg.package.meta ? homepage) cfg.package.meta.homepage;
-  anyUser = cfg.allowedUsers == [ ];
+  anyUser = cfg.allowedUsers == null;
 
   # Where secrets are installed by one of these units, nothing else orders it before a service.
   secretUnits = [
@@ -25,19 +30,26 @@ let
   ];
 in
 {
+  # imported under both of its names, it is one module
+  key = "codex-responses-proxy#nixosModules.default";
+  _class = "nixos";
+
   options.services.codex-responses-proxy = {
     enable = mkEnableOption "codex-responses-proxy, which lets unprivileged users run Codex without holding the OpenAI API key";
 
     package = mkOption {
       type = types.package;
-      inherit (self.packages.${pkgs.stdenv.hostPlatform.system}) default;
+      default =
+        self.packages.${system}.default
+          or (throw "codex-responses-proxy is not built for ${system}: set services.${name}.package, or leave the service off.");
       defaultText = lib.literalExpression "codex-responses-proxy.packages.\${pkgs.stdenv.hostPlatform.system}.default";
       description = "The codex-responses-proxy package to use.";
     };
 
     keyFile = mkOption {
+      # a path literal would be copied to the store, which every user can read
       type = types.externalPath // {
-        description = "absolute path outside the Nix store, which every user can read";
+        description = "a string: an absolute path outside the Nix store";
       };
       example = lib.literalExpression "config.age.secrets.openai-api-key.path";
       description = ''
@@ -65,7 +77,7 @@ in
     upstreamUrl = mkOption {
       type = types.str;
       default = "https://api.openai.com/v1/responses";
-      example = "https://example.openai.azure.com/openai/v1/responses?api-version=preview";
+      example = "https://NAME.openai.azure.com/openai/v1/responses";
       description = ''
         Absolute URL that requests are forwarded to; its query is kept.
         `http://` is accepted for a loopback host only.
@@ -83,8 +95,8 @@ in
     };
 
     allowedUsers = mkOption {
-      type = types.listOf types.nonEmptyStr;
-      default = [ ];
+      type = types.nullOr (types.nonEmptyListOf types.nonEmptyStr);
+      default = null;
       example = [
         "alice"
         "@developers"
@@ -92,7 +104,8 @@ in
       description = ''
         Local users who are served: names, numeric ids, or groups with a leading
         `@`. The kernel is asked for each connection's owner; everyone else gets
-        a 403. With an empty list every local user is served.
+        a 403. With `null` every local user is served; a list can't be empty, so
+        that one which is computed never opens the door by accident.
       '';
     };
 
@@ -113,22 +126,35 @@ in
       };
       description = ''
         Environment variables of the service, such as {env}`HTTPS_PROXY`,
-        {env}`ALL_PROXY` and {env}`NO_PROXY`. They end up in the Nix store, which
-        every user can read.
+        {env}`ALL_PROXY` and {env}`NO_PROXY`;
+        {option}`config.networking.proxy.envVars` has the machine's own. They end
+        up in the Nix store, which every user can read.
       '';
     };
 
-    codexConfig.enable = mkEnableOption ''
-      {file}`/etc/codex/config.toml`, which makes Codex use this proxy for every user.
-      A user's own {file}`~/.codex/config.toml` takes precedence over it
-    '';
+    codexConfig = {
+      enable = mkEnableOption "{file}`/etc/codex/config.toml`, which makes Codex use this proxy for every user; a user's own {file}`~/.codex/config.toml` takes precedence over it";
+
+      settings = mkOption {
+        inherit (toml) type;
+        default = { };
+        example = {
+          model = "gpt-5.1-codex";
+          approval_policy = "on-request";
+        };
+        description = ''
+          What else {file}`/etc/codex/config.toml` says, beside the model provider
+          that stands for this proxy.
+        '';
+      };
+    };
   };
 
   config = lib.mkIf cfg.enable {
     assertions = [
       {
-        assertion = builtins.match "[^\n\\\\]*[^\n\\\\[:space:]]" keyFile != null;
-        message = "services.codex-responses-proxy.keyFile must not hold a newline or a backslash, nor end in a space.";
+        assertion = builtins.match "[^\n\\\\]*[^\n\\\\[:space:]]" cfg.keyFile != null;
+        message = "services.${name}.keyFile must not hold a newline or a backslash, nor end in a space.";
       }
     ];
 
@@ -138,22 +164,21 @@ in
       "tcp_diag"
     ];
 
+    services.${name}.codexConfig.settings = {
+      model_provider = mkDefault name;
+      model_providers.${name} = {
+        name = mkDefault "OpenAI through codex-responses-proxy";
+        base_url = mkDefault "http://127.0.0.1:${toString cfg.port}/v1";
+        wire_api = mkDefault "responses";
+      };
+    };
     environment.etc."codex/config.toml" = lib.mkIf cfg.codexConfig.enable {
-      text = ''
-        # Written by services.codex-responses-proxy.codexConfig
-        model_provider = "${name}"
-
-        [model_providers.${name}]
-        name = "OpenAI through codex-responses-proxy"
-        base_url = "http://127.0.0.1:${toString cfg.port}/v1"
-        wire_api = "responses"
-      '';
+      source = toml.generate "codex-config.toml" cfg.codexConfig.settings;
     };
 
     systemd = {
       sockets.${name} = {
         description = "Loopback port of the Codex responses proxy";
-        inherit documentation;
         wantedBy = [ "sockets.target" ];
         # see the service of that name
         requires = [ "${name}-port.service" ];
@@ -188,7 +213,6 @@ in
 
       services.${name} = {
         description = "Codex responses proxy";
-        inherit documentation;
         # at boot and not at the first request, so that a missing key shows
         wantedBy = [ "multi-user.target" ];
         bindsTo = [ "${name}.socket" ];
@@ -219,12 +243,15 @@ in
             ++ lib.concatMap (user: [
               "--allow-user"
               user
-            ]) cfg.allowedUsers
+            ]) (lib.defaultTo [ ] cfg.allowedUsers)
           );
           # Opened by systemd, as root; credentials would come too late for that.
-          StandardInput = "file:${escapeSpecifiers keyFile}";
+          StandardInput = "file:${escapeSpecifiers cfg.keyFile}";
+          # a key that stays away fills no journal
           Restart = "on-failure";
           RestartSec = "5s";
+          RestartSteps = 10;
+          RestartMaxDelaySec = "1min";
           # streams in flight have 30 s to finish
           TimeoutStopSec = "40s";
 

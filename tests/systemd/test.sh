@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
-# Runs as root on the machine; see run. One line for each thing shown; status 1 if one is not.
-cd /root || exit 1
+# What the module's units promise, shown on a machine that runs them: under Debian's systemd by ./run, on NixOS by
+# nix/vm-test.nix. Runs as root; one line for each thing shown, status 1 if one is not.
+#
+# CONFIGURE is a command that switches the machine to the configuration named by its argument: plain, other-port or
+# restricted (see nix/configurations.nix). Without it, the units in the folder configurations are installed. With UPSTREAM_TLS
+# the stand-in upstream speaks TLS, as upstream.test, with a certificate by /run/upstream/ca.pem.
+#
+# What can't be done is done beside it where it can: the lines that say "but".
+here=$(cd "$(dirname "$0")" && pwd)
 umask 022
+# where users can read
+mkdir -p /run/machine-test/seen && cp "$here"/*.py /run/machine-test/ && cd /run/machine-test || exit 1
 
 service=codex-responses-proxy.service
 socket=codex-responses-proxy.socket
@@ -31,145 +40,192 @@ within() {
   local end=$((SECONDS + $1))
   shift
   until "$@" >/dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || { "$@" && return || return 1; }
+    [ $SECONDS -lt $end ] || { "$@" && return; return 1; }
     sleep 0.2
   done
 }
 property() { systemctl show --property "$1" --value "${2:-$service}"; }
 has() { equal "$(property "$1" "${3:-$service}")" "$2"; }
-pid() { property MainPID; }
 as() { runuser -u "$1" -- "${@:2}"; }
+says() { journalctl --sync && journalctl --no-pager --unit $service | grep --quiet --fixed-strings "$1"; }
 write_key() { (umask 377 && mkdir -p -m 0711 /run/secrets && printf '%s\n' "$1" >$key_file.new && mv -f $key_file.new $key_file); }
 configure() {
-  cp -a "configurations/$1/." /
-  systemctl daemon-reload
+  [ -z "${CONFIGURE:-}" ] || { $CONFIGURE "$1"; return; }
+  local from=$here/configurations/$1/etc/systemd/system name changed=()
+  for name in codex-responses-proxy-port.service $service; do
+    cmp --quiet "$from/$name" "/etc/systemd/system/$name" || changed+=("$name")
+  done
+  cp -a "$here/configurations/$1/." / && systemctl daemon-reload
+  # as a switch of NixOS does: the socket hangs on the first
+  [ ${#changed[@]} = 0 ] || systemctl restart "${changed[@]}"
 }
+# request USER PORT JSON [FLAG…]
+request() { as "$1" curl --silent --max-time 120 --json "$3" "${@:4}" "http://127.0.0.1:$2/v1/responses"; }
 # post USER [PORT]: the status of one request
-post() {
-  as "$1" curl --silent --max-time 120 --output /dev/null --write-out '%{http_code}\n' \
-    --json '{"events": 2, "pause": 0.01}' "http://127.0.0.1:${2:-8399}/v1/responses"
-}
+post() { request "$1" "${2:-8399}" '{"events": 2, "pause": 0.01}' --output /dev/null --write-out '%{http_code}\n'; }
 answers() { equal "$(post "$@")" 200; }
 refuses() { equal "$(post "$@")" 403; }
 last_key() { tail -n 1 /run/upstream.keys; }
-exposure() { systemd-analyze security --no-pager "$service" | sed -n 's/.*: \([0-9.]*\) .*/\1/p' | tail -n 1; }
-at_most() { jq -en --argjson a "$1" --argjson b "$2" '$a <= $b' >/dev/null || { echo "$1 is more than $2" && false; }; }
+# listens USER PORT: whether the user can take the port
+listens() { as "$1" python3 -c "import socket; socket.create_server(('127.0.0.1', $2))"; }
+# counts PROCESS TEXT [COMMAND…]: how often the text is in a process's memory, in the eyes of who runs the command
+counts() { "${@:3}" python3 memory.py "$1" <<<"$2"; }
+# the units are right, and as closed as promised
+closed() {
+  local exposure
+  check "systemd has nothing to say against the units" \
+    systemd-analyze verify --man=no --recursive-errors=no /etc/systemd/system/codex-responses-proxy{.service,.socket,-port.service}
+  exposure=$(systemd-analyze security --no-pager $service | sed -n 's/.*: \([0-9.]*\) .*/\1/p' | tail -n 1)
+  check "exposure, $exposure, is at most $1" jq --exit-status --null-input "($exposure) <= $1"
+}
 
 systemctl --version | head -n 1
-python3 upstream.py &
-upstream=$!
-trap 'kill $upstream' EXIT
-cp -a configurations/plain/. /
-systemctl daemon-reload
-systemctl --quiet enable $service $socket
+certificate=()
+if [ -n "${UPSTREAM_TLS:-}" ]; then
+  new=(openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2)
+  (mkdir -p /run/upstream && cd /run/upstream &&
+    "${new[@]}" -subj /CN=ca.test -keyout ca-key.pem -out ca.pem &&
+    "${new[@]}" -subj /CN=upstream.test -CA ca.pem -CAkey ca-key.pem -addext basicConstraints=CA:FALSE \
+      -addext subjectAltName=DNS:upstream.test -keyout key.pem -out certificate.pem) 2>/dev/null || exit 1
+  certificate=(/run/upstream/certificate.pem /run/upstream/key.pem)
+fi
+python3 upstream.py "${certificate[@]}" &
+trap 'kill $(jobs -p)' EXIT
+
+part "no key yet"
+if [ -z "${CONFIGURE:-}" ]; then
+  # as NixOS has it after a boot
+  cp -a "$here/configurations/plain/." / && systemctl daemon-reload
+  systemctl --quiet enable $service $socket
+  systemctl start --no-block $service
+fi
+check "the service fails" within 60 has Result exit-code
+check "with the reason in its properties" within 20 has ExecMainStatus 208
+check "and in the journal" says 'standard input: No such file or directory'
+check "it is tried again" within 20 has SubState auto-restart
+first=$(property RestartUSecNext)
+check "after a longer while each time" within 120 not has RestartUSecNext "$first"
+check "systemd holds the port" has ActiveState active $socket
+check "nobody else can take it" not listens bob 8399
+check "but another" listens bob 8398
+post alice >/run/waiting &
+waiting=$!
+connected() { ss --no-header --tcp --numeric state established 'dport = :8399' | grep --quiet 127.0.0.1; }
+check "a request waits" within 20 connected
+knock='import socket
+for _ in range(60):
+    socket.create_connection(("127.0.0.1", 8399)).close()'
+check "60 connections come" as bob python3 -c "$knock"
+check "systemd still holds the port" has ActiveState active $socket
+check "the service is still tried" has ActiveState activating
+write_key $key
+check "once the key is there it serves" within 120 has ActiveState active
+wait $waiting
+check "whoever waited is answered" equal "$(cat /run/waiting)" 200
 
 part "a key, and a request"
-write_key $key
-check "the key file is root's alone" equal "$(stat --format '%a %U' $key_file)" "400 root"
-check "the service starts" systemctl start $service
-check "it has said that it is ready" has ActiveState active
-check "systemd holds the port" has ActiveState active $socket
 check "alice is answered" answers alice
 check "with the key" equal "$(last_key)" "Bearer $key"
 streams() {
-  as alice curl --silent --no-buffer --json '{"events": 5, "pause": 0.5}' http://127.0.0.1:8399/v1/responses |
-    while read -r line; do [ -z "$line" ] || date +%s%N; done |
-    { mapfile -t at && echo "${at[@]}" && [ ${#at[@]} = 5 ] && [ $((at[4] - at[0])) -gt 1500000000 ]; }
+  request alice 8399 '{"events": 5, "seen": "/run/machine-test/seen"}' --no-buffer | {
+    seen=0
+    while read -r line; do [ -z "$line" ] || touch seen/$((++seen)); done
+    equal $seen 5
+  }
 }
 check "events come as they are sent" streams
 check "anything else is refused" equal \
   "$(curl --silent --output /dev/null --write-out '%{http_code}' http://127.0.0.1:8399/v1/models)" 403
-now=$(exposure)
-check "exposure, $now, is at most 1.1" at_most "$now" 1.1
+if [ -e /etc/codex/config.toml ]; then
+  check "Codex is led here" grep --quiet --fixed-strings 127.0.0.1:8399/v1 /etc/codex/config.toml
+fi
+closed 1.1
+broken=/run/codex-broken.service
+printf '[Service]\nExecStart=/bin/sh\nNoSuchSetting=yes\n' >$broken
+check "but against a wrong unit it has" not systemd-analyze verify --man=no --recursive-errors=no $broken
 
 part "who can get at the key"
-process=$(pid)
+process=$(property MainPID)
 uid=$(stat --format %u "/proc/$process")
 gid=$(stat --format %g "/proc/$process")
 check "the service has a user of its own" test "$uid" -ge 61184
 as_service() { setpriv --reuid "$uid" --regid "$gid" --clear-groups "$@"; }
-inside() { nsenter --target "$process" --mount --root -- setpriv --reuid "$uid" --regid "$gid" --clear-groups "$@"; }
-check "its user can't open the key file" not as_service cat $key_file
-check "nor from inside its mounts" not inside cat $key_file
-check "nor the descriptor it was given" not as_service cat "/proc/$process/fd/0"
-check "which is /dev/null by now" equal "$(readlink "/proc/$process/fd/0")" /dev/null
-# unreadable COMMAND…: prints what it can read all the same
-unreadable() { ! "$@" bash -c "cd /proc/$process && for f in mem maps environ auxv stack syscall fd/0 map_files/*; do head -c 1 \$f && echo \$f; done 2>/dev/null | grep ."; }
-check "root can read the process" not unreadable env
-for user in alice bob; do
-  check "$user can't open the key file" not as $user cat $key_file
-  check "nor read the process" unreadable as $user
-done
-check "the service's own user can't read it either" unreadable as_service
+inside() { nsenter --target "$process" --mount --root -- "$@"; }
+for _ in $(seq 20); do post alice; done >/dev/null
+check "root finds the key in the process's memory once" equal "$(counts "$process" $key)" 1
+opens() { "$@" cat $key_file; }
+# readable PROCESS COMMAND…: what of a process can be read by who runs the command
+readable() { "${@:2}" bash -c "cd /proc/$1 && for f in maps environ auxv stack syscall fd/0 map_files/*; do head -c 1 \$f >/dev/null && echo \$f; done; : <mem && echo mem" 2>/dev/null; }
+reads_own() { readable self "$@" | grep --quiet environ; }
+check "root can open the key file" opens env
+check "and read the process" equal "$(readable "$process" env | grep --extended-regexp --count '^(mem|maps|environ|fd/0)$')" 4
+# kept_out WHO COMMAND…
+kept_out() {
+  check "$1 can't open the key file" not opens "${@:2}"
+  check "but another" "${@:2}" head -c 1 /etc/passwd
+  check "$1 can't read the process" equal "$(readable "$process" "${@:2}")" ""
+  check "but its own" reads_own "${@:2}"
+  check "$1 finds no key in its memory" not counts "$process" $key "${@:2}"
+  check "but in its own" test "$(counts self $key "${@:2}")" -ge 1
+}
+kept_out alice as alice
+kept_out bob as bob
+kept_out "the service's user" as_service
+# where the service is, with its user
+within_mounts() { inside setpriv --reuid "$uid" --regid "$gid" --clear-groups "$@"; }
+check "its user can't open the key file from inside its mounts" not opens within_mounts
+check "but another" within_mounts head -c 1 /etc/passwd
+check "the descriptor it was given is /dev/null by now" equal "$(readlink "/proc/$process/fd/0")" /dev/null
 check "it holds no capability" equal "$(sed -n 's/^CapEff:\t//p' "/proc/$process/status")" 0000000000000000
 check "it runs under a filter of system calls" equal "$(sed -n 's/^Seccomp:\t//p' "/proc/$process/status")" 2
 check "no part of it is swapped" has MemorySwapMax 0
-nowhere() {
+# mentioned TEXT: in the journal, a property, a unit or /etc/codex
+mentioned() {
   journalctl --sync
-  ! { journalctl --no-pager --output export; systemctl show --all $service $socket; cat /etc/systemd/system/codex-*; } |
-    grep --text --fixed-strings "$1"
+  { journalctl --no-pager --output export; systemctl show --all $service $socket; cat /etc/systemd/system/codex-* /etc/codex/*; } 2>/dev/null |
+    grep --text --fixed-strings --max-count 1 -- "$1"
 }
-check "the key is in no journal, property or unit" nowhere $key
-check "the journal has a line for the request" \
-  bash -c "journalctl --sync; journalctl --no-pager --unit $service | grep -q status=200"
+check "the key is in no journal, property or unit" not mentioned $key
+check "but the request is" mentioned status=200
+check "the properties are" mentioned MemorySwapMax=0
+check "and the units" mentioned "StandardInput=file:$key_file"
 
-part "restarts under load"
-rm -f /run/load.stop
-as alice python3 load.py 8399 >/run/load.json &
+part "restarts under load, and another key"
+rm -f /run/load.* && touch /run/load.whole && chown alice /run/load.whole
+as alice python3 load.py 8399 >/run/load.json 2>/run/load.err &
 load=$!
-sleep 1
-for _ in 1 2 3 4 5; do
-  start=$SECONDS
+# more COUNT: so many more answers
+grown() { [ "$(stat --format %s /run/load.whole)" -ge "$1" ]; }
+more() { within 60 grown $(($(stat --format %s /run/load.whole) + $1)); }
+check "requests are answered" more 20
+for _ in 1 2 3 4; do
   check "a restart" systemctl restart $service
-  echo "      $((SECONDS - start)) s"
-  sleep 1
+  check "requests are answered" more 20
 done
+write_key $second_key
+check "a restart" systemctl restart $service
+check "requests are answered" more 20
 touch /run/load.stop
 wait $load
-echo "      $(cat /run/load.json)"
-check "no request was refused or lost" jq -e '.failed == 0 and .whole > 50' /run/load.json
-
-part "another key"
-write_key $second_key
-check "the service restarts" systemctl restart $service
+echo "      $(cat /run/load.json /run/load.err)"
+check "no request was refused or lost" jq --exit-status '.failed == 0 and .whole >= 120' /run/load.json
 check "alice is answered" answers alice
 check "with the new key" equal "$(last_key)" "Bearer $second_key"
-
-part "no key"
-rm $key_file
-systemctl restart $service
-check "a start without a key fails" within 20 has Result exit-code
-check "and is tried again" within 20 has SubState auto-restart
-check "with the reason in the properties" has ExecMainStatus 208
-says() { journalctl --sync && journalctl --no-pager --unit $service | grep --quiet "$1"; }
-check "and in the journal" says 'standard input: No such file or directory'
-check "the port is still held" has ActiveState active $socket
-impostor='import socket; socket.create_server(("127.0.0.1", 8399))'
-check "nobody else can take it" not as bob python3 -c "$impostor"
-post alice >/run/waiting &
-waiting=$!
-knock='import socket, time
-for _ in range(60):
-    socket.create_connection(("127.0.0.1", 8399)).close()
-    time.sleep(0.1)'
-check "60 connections come" as bob python3 -c "$knock"
-check "it still is" has ActiveState active $socket
-check "and the service still tries" bash -c "systemctl is-active $service | grep -q activating"
-write_key $key
-check "once the key is there it serves within 10 s" within 10 has ActiveState active
-wait $waiting
-check "whoever waited is answered" equal "$(cat /run/waiting)" 200
-check "alice is answered" answers alice
+process=$(property MainPID)
+check "root finds it once" equal "$(counts "$process" $second_key)" 1
+check "and no more of the first" equal "$(counts "$process" $key)" 0
 
 part "a key that no account has the like of"
 write_key 'not a key'
-systemctl restart $service
+systemctl restart --no-block $service
 check "the service fails" within 20 has SubState auto-restart
-nowhere 'not a key' >/dev/null && ok "the journal doesn't repeat it" || not_ok "the journal doesn't repeat it"
+check "by its own word" has ExecMainStatus 1
+check "and doesn't repeat it" not mentioned 'not a key'
 write_key $key
-check "a right one heals it" within 15 has ActiveState active
+check "a right one heals it" within 120 has ActiveState active
 
 part "stopping"
+check "alice is answered" answers alice
 check "the socket stops" systemctl stop $socket
 check "and the service with it" has ActiveState inactive
 check "connections are refused" not post alice
@@ -181,65 +237,85 @@ check "and starts with its socket" bash -c "systemctl stop $socket && systemctl 
 check "alice is answered" answers alice
 
 part "secrets that a unit installs"
-cat >/etc/systemd/system/agenix-install-secrets.service <<UNIT
+cat >/run/systemd/system/agenix-install-secrets.service <<UNIT
 [Unit]
 DefaultDependencies=no
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/bash -c 'sleep 3; umask 377; echo $key >$key_file'
+Environment=PATH=$PATH
+ExecStart=$(command -v bash) $PWD/install-secrets
 UNIT
-rm -f $key_file
+# install KEY: what that unit does, once it may
+install() {
+  rm -f /run/install-secrets
+  cat >install-secrets <<SCRIPT
+until [ -e /run/install-secrets ]; do sleep 0.1; done
+umask 377
+echo $1 >$key_file.new && mv -f $key_file.new $key_file
+SCRIPT
+}
+install $key
 systemctl stop $socket $service
+rm -f $key_file
 systemctl daemon-reload
-before=$(property NRestarts)
-check "the service starts" systemctl start $service
-check "after its key is there" equal "$(property NRestarts)" "$before"
+systemctl start --no-block $service
+check "a start waits for the unit" within 20 eval "systemctl list-jobs | grep --quiet '$service.*waiting'"
+check "which is at it" has ActiveState activating agenix-install-secrets.service
+touch /run/install-secrets
+check "with the key there it starts" within 60 has ActiveState active
+check "at once" has NRestarts 0
 check "and serves" answers alice
-sed -i "s/echo $key/echo $second_key/" /etc/systemd/system/agenix-install-secrets.service
+install $second_key
+systemctl stop agenix-install-secrets.service
+check "it doesn't end with that unit" has ActiveState active
+systemctl restart --no-block $service
+check "a restart waits for the unit" within 20 has ActiveState activating agenix-install-secrets.service
+touch /run/install-secrets
+answers_with_second_key() { answers alice && equal "$(last_key)" "Bearer $second_key"; }
+check "alice is answered with the new key" within 60 answers_with_second_key
+systemctl stop agenix-install-secrets.service
+rm /run/systemd/system/agenix-install-secrets.service
 systemctl daemon-reload
-systemctl stop agenix-install-secrets.service
-check "and doesn't end with that unit" has ActiveState active
-check "a restart waits for the unit" systemctl restart $service
-check "alice is answered" answers alice
-check "with the new key" equal "$(last_key)" "Bearer $second_key"
-systemctl stop agenix-install-secrets.service
-rm /etc/systemd/system/agenix-install-secrets.service
 
 part "another port"
-configure other-port
-check "a switch to it restarts the unit that names it" systemctl restart codex-responses-proxy-port.service
-check "alice is answered there" answers alice 8400
+check "a switch to it" configure other-port
+check "alice is answered there" within 20 answers alice 8400
 check "and not where she was" not post alice 8399
-check "the service is up" within 10 has ActiveState active
-configure plain
-systemctl restart codex-responses-proxy-port.service
+check "the service is up" within 20 has ActiveState active
+closed 1.1
+if [ -e /etc/codex/config.toml ]; then
+  check "Codex is led there" grep --quiet --fixed-strings 127.0.0.1:8400/v1 /etc/codex/config.toml
+fi
+check "a switch back" configure plain
+check "alice is answered where she was" within 20 answers alice
 
 part "named users only"
-groupadd developers
-useradd --create-home --groups developers carol
-configure restricted
-check "the service restarts" systemctl restart $service
-now=$(exposure)
-check "exposure, $now, is at most 1.3" at_most "$now" 1.3
+getent group developers >/dev/null || groupadd developers
+id carol >/dev/null 2>&1 || useradd --create-home --groups developers carol
+check "a switch to them" configure restricted
+check "the service is up" within 20 has ActiveState active
+closed 1.3
 check "alice is answered" answers alice
 check "bob is refused" refuses bob
 check "carol of the developers is answered" answers carol
 check "root is refused" refuses root
-bob=$(id -u bob)
-check "the journal names bob's uid" says "uid=$bob"
+check "the journal names bob's uid" says "uid=$(id -u bob)"
 shutdown() { as "$1" curl --silent --output /dev/null --write-out '%{http_code}' http://127.0.0.1:8399/shutdown; }
 check "bob can't shut it down" equal "$(shutdown bob)" 403
 usermod --append --groups developers bob
 check "bob is answered once he is a developer" answers bob
 check "alice can shut it down" equal "$(shutdown alice)" 200
-check "it ends as a success" within 10 has Result success
-check "and is not restarted" within 10 has ActiveState inactive
+check "it ends as a success" within 40 has Result success
+check "and is not restarted" within 40 has ActiveState inactive
 check "until the next request" answers alice
-sed -i 's/"alice"/"nobody-by-this-name"/' /etc/systemd/system/$service
+mkdir -p /run/systemd/system/$service.d
+printf '[Service]\nExecStart=\nExecStart=%s "--allow-user" "nobody-by-this-name"\n' \
+  "$(sed -n 's/^ExecStart=//p' /etc/systemd/system/$service)" >/run/systemd/system/$service.d/unknown.conf
 systemctl daemon-reload
-systemctl restart $service
+systemctl restart --no-block $service
 check "an unknown name fails the start" within 20 has SubState auto-restart
+check "and is named in the journal" says nobody-by-this-name
 systemctl stop $socket
 
 echo "$passed passed, $failed failed"

@@ -1,12 +1,14 @@
-"""A stand-in Responses API on 127.0.0.1:9001, over plain sockets.
+"""A stand-in Responses API on 127.0.0.1:9001, over plain sockets, or over TLS: upstream.py [CERTIFICATE KEY].
 
-A request's JSON body says how many events the answer has and how many seconds lie between them. Each key that
-comes in is a line of /run/upstream.keys.
+A request's JSON body says how many events the answer has and how many seconds lie between them, or that each waits
+for the one before to be seen: `"seen": FOLDER` says so by a file for each, named by its number. Each key that comes
+in is a line of /run/upstream.keys.
 """
 
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -44,7 +46,10 @@ def serve(connection, keys):
             )
             events = wanted.get("events", 1)
             for number in range(events):
-                if number:
+                if number and "seen" in wanted:
+                    while not os.path.exists(f"{wanted['seen']}/{number}"):
+                        time.sleep(0.01)
+                elif number:
                     time.sleep(wanted.get("pause", 0.05))
                 event = b"data: %d of %d\n\n" % (number + 1, events)
                 connection.sendall(b"%x\r\n%s\r\n" % (len(event), event))
@@ -57,6 +62,13 @@ def serve(connection, keys):
 def main():
     keys = os.open("/run/upstream.keys", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     listener = socket.create_server(("127.0.0.1", 9001), backlog=512)
+    if len(sys.argv) > 1:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*sys.argv[1:])
+        # shaken hands in the connection's own thread, at its first read
+        listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=serve, args=(connection, keys), daemon=True).start()

@@ -1,0 +1,12 @@
+# The module's configurations that the machine tests go through.
+{
+  plain = { };
+  other-port.port = 8400;
+  restricted = {
+    allowedUsers = [
+      "alice"
+      "@developers"
+    ];
+    httpShutdown = true;
+  };
+}
