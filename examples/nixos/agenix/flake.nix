@@ -6,8 +6,15 @@
 {
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
-    agenix.url = "github:ryantm/agenix";
-    codex-responses-proxy.url = "github:codex-responses-proxy/codex-responses-proxy";
+    agenix = {
+      url = "github:ryantm/agenix";
+      inputs.nixpkgs.follows = "nixpkgs";
+    };
+    codex-responses-proxy = {
+      # OWNER: whose copy of the project you trust with your key, your own for one
+      url = "github:OWNER/codex-responses-proxy";
+      inputs.nixpkgs.follows = "nixpkgs";
+    };
   };
 
   outputs =
@@ -30,7 +37,7 @@
               secret = config.age.secrets.openai-api-key;
             in
             {
-              # made by `agenix -e secrets/openai-api-key.age`; the machine's SSH key opens it
+              # the bare key, made by `agenix -e secrets/openai-api-key.age`; the machine's SSH key opens it
               age.secrets.openai-api-key.file = ./secrets/openai-api-key.age;
               services.openssh.enable = true;
 

@@ -6,8 +6,15 @@
 {
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
-    sops-nix.url = "github:Mic92/sops-nix";
-    codex-responses-proxy.url = "github:codex-responses-proxy/codex-responses-proxy";
+    sops-nix = {
+      url = "github:Mic92/sops-nix";
+      inputs.nixpkgs.follows = "nixpkgs";
+    };
+    codex-responses-proxy = {
+      # OWNER: whose copy of the project you trust with your key, your own for one
+      url = "github:OWNER/codex-responses-proxy";
+      inputs.nixpkgs.follows = "nixpkgs";
+    };
   };
 
   outputs =
@@ -27,7 +34,7 @@
           (
             { config, ... }:
             {
-              # made by `sops secrets/secrets.yaml`; the machine's SSH key opens it
+              # made by `sops secrets/secrets.yaml`, its openai-api-key the bare key; the machine's SSH key opens it
               sops = {
                 defaultSopsFile = ./secrets/secrets.yaml;
                 # a new key takes effect with the next switch
