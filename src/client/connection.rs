@@ -98,3 +98,58 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     .await;
     (connection.into_parts().io.into_inner(), outcome)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const REFUSED: &str = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+    /// How many milliseconds a connection lasts on which this is sent, if the end begins before.
+    async fn lasts(sent: &str, is_ending: bool) -> u128 {
+        let proxy = Proxy::for_tests("http://127.0.0.1:9/");
+        let client = Rc::default();
+        let (mut near, far) = duplex(1 << 16);
+        near.write_all(sent.as_bytes()).await.unwrap();
+        let meanwhile = async {
+            // After the refusal, if there is one, the connection is idle.
+            if sent == REFUSED {
+                near.read_exact(&mut [0; 16]).await.unwrap();
+            }
+            if is_ending {
+                proxy.stop.begin();
+            }
+            pending::<()>().await;
+        };
+        let begun = Instant::now();
+        tokio::select! {
+            _ = converse(far, &client, &proxy) => {}
+            () = meanwhile => {}
+        }
+        begun.elapsed().as_millis()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_and_an_idle_connection_have_120_seconds() {
+        for sent in ["", "POST /v1/resp", REFUSED] {
+            let lasts = lasts(sent, false).await;
+            assert!((120_000..120_010).contains(&lasts), "{sent:?}: {lasts} ms");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn at_the_end_a_connection_without_a_request_has_half_a_second() {
+        for (sent, expected) in [("", 500), ("POST /v1/resp", 500), (REFUSED, 0)] {
+            let lasts = lasts(sent, true).await;
+            assert!(
+                (expected..expected + 10).contains(&lasts),
+                "{sent:?}: {lasts} ms"
+            );
+        }
+    }
+}

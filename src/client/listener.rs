@@ -174,3 +174,37 @@ async fn accept(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+    use tokio::task::{LocalSet, spawn_local};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_in_flight_at_the_end_has_30_seconds() {
+        let story = async {
+            let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}/", upstream.local_addr().unwrap());
+            let proxy = Proxy::for_tests(&url);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let running = spawn_local(run(listener, None, 1, Rc::clone(&proxy)));
+            let mut client = TcpStream::connect(address).await.unwrap();
+            let request = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
+            client.write_all(request).await.unwrap();
+            let (mut stream, _) = upstream.accept().await.unwrap();
+            stream.read_exact(&mut [0; 16]).await.unwrap();
+            let begun = Instant::now();
+            proxy.stop.begin();
+            running.await.unwrap();
+            let lasted = begun.elapsed().as_millis();
+            assert!((30_000..30_010).contains(&lasted), "{lasted} ms");
+            assert_eq!(client.read(&mut [0; 16]).await.unwrap_or(0), 0);
+        };
+        LocalSet::new().run_until(story).await;
+    }
+}

@@ -125,3 +125,21 @@ impl Proxy {
         }
     }
 }
+
+#[cfg(test)]
+impl Proxy {
+    /// In front of this upstream, with a key of its own.
+    pub(crate) fn for_tests(url: &str) -> Rc<Self> {
+        let target = upstream::target::Target::parse(url).unwrap();
+        let connector = upstream::Connector::new(&target, None, None).unwrap();
+        let mut key: &[u8] = b"sk-key\n";
+        let read = |buffer: &mut [u8]| std::io::Read::read(&mut key, buffer);
+        let credential = crate::key::Credential::read(read).unwrap();
+        Rc::new(Self {
+            upstream: Rc::new(Upstream::new(target, connector, credential)),
+            http_shutdown: false,
+            dumper: None,
+            stop: Stop::default(),
+        })
+    }
+}

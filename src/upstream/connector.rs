@@ -184,3 +184,24 @@ fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn connecting_has_10_seconds() {
+        // The kernel makes the connection; nobody ever says a word of TLS.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("https://{}/", silent.local_addr().unwrap());
+        let connector = Connector::new(&Target::parse(&url).unwrap(), None, None).unwrap();
+        let begun = Instant::now();
+        let failure = connector.connect().await.err().unwrap();
+        let lasted = begun.elapsed().as_millis();
+        assert!((10_000..10_010).contains(&lasted), "{lasted} ms");
+        assert_eq!(failure.status, StatusCode::GATEWAY_TIMEOUT);
+        assert!(failure.message.contains("10 s (connect)"));
+    }
+}
