@@ -1,23 +1,30 @@
 //! Shows the proxy at work with no account and no internet.
 //!
-//! A stand-in Responses API listens on loopback with TLS, the proxy runs in front of it with a made-up
+//! The tests' stand-in for the Responses API listens on loopback with TLS, the proxy runs in front of it with a made-up
 //! key on its stdin, and a request without any key goes through, as an agent would send it.
 //!
 //! Run it with `cargo run --example demo`.
 #![allow(clippy::print_stdout)]
 
+// What the tests need of it, too, and more.
+#[allow(dead_code)]
+#[path = "../tests/support/client.rs"]
+mod client;
+#[allow(dead_code)]
+#[path = "../tests/support/http.rs"]
+mod http;
+#[allow(dead_code)]
+#[path = "../tests/support/upstream.rs"]
+mod upstream;
+
+use client::Client;
+use serde_json::{Value, json};
 use std::error::Error;
-use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-
-use rustls::pki_types::PrivatePkcs8KeyDer;
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
-use serde_json::{Value, json};
+use upstream::{Exchange, Folder, Upstream, events};
 
 /// Given as the first argument, the demo is the proxy: so it needs no other program beside it.
 const BE_THE_PROXY: &str = "be-the-proxy";
@@ -48,48 +55,39 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> Outcome {
-    let folder = Folder::new()?;
-    let ca_file = folder.0.join("ca.pem");
-    let upstream_port = stand_in(&ca_file)?;
+    let upstream = Upstream::start(speak);
     println!(
-        "A stand-in Responses API listens on https://localhost:{upstream_port}; it wants a key."
+        "A stand-in Responses API listens on https://localhost:{}; it wants a key.",
+        upstream.port
     );
-
-    let proxy = Proxy::start(&folder.0, upstream_port, &ca_file)?;
-    println!(
-        "The proxy listens on http://127.0.0.1:{}; it has the key from its stdin.",
-        proxy.port
-    );
+    let proxy = Proxy::start(&upstream)?;
+    let port = proxy.port;
+    println!("The proxy listens on http://127.0.0.1:{port}; it has the key from its stdin.");
 
     println!("\n1. A request without a key, as an agent sends it:");
     let body = json!({ "model": "any", "input": "Say hello", "stream": true }).to_string();
-    let mut answer = send(proxy.port, "POST /v1/responses", &body)?;
-    print!("   {} ", status(&mut answer)?);
-    for line in answer.lines() {
-        // The lines between are chunk sizes and event names.
-        let line = line?;
-        let Some(event) = line
-            .strip_prefix("data: ")
-            .and_then(|data| data.parse::<Value>().ok())
-        else {
-            continue;
-        };
-        if let Some(delta) = event["delta"].as_str() {
-            print!("{delta}");
-            io::stdout().flush()?;
+    let mut client = Client::connect(port);
+    client.post("Content-Type: application/json\r\n", body)?;
+    print!("   {} ", client.head()?.status());
+    while let Some(event) = client.piece()? {
+        let event = String::from_utf8(event)?;
+        for data in event.lines().filter_map(|l| l.strip_prefix("data: ")) {
+            let data: Value = data.parse()?;
+            print!("{}", data["delta"].as_str().unwrap_or_default());
         }
+        io::stdout().flush()?;
     }
 
     println!("\n\n2. Anything else is refused:");
-    let mut answer = send(proxy.port, "GET /v1/models", "")?;
-    print!("   {} ", status(&mut answer)?);
-    let mut rest = String::new();
-    answer.read_to_string(&mut rest)?;
-    println!("{}", rest.rsplit("\r\n\r\n").next().unwrap_or_default());
+    let mut client = Client::connect(port);
+    client.send("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    let answer = client.response()?;
+    let body = String::from_utf8(answer.body)?;
+    println!("   {} {body}", answer.head.status());
 
     println!(
         "\n3. To see Codex itself use it, run this in another terminal:\n\n{}\n",
-        codex_command(proxy.port)
+        codex_command(port)
     );
     if io::stdin().is_terminal() {
         println!("Press Enter or Ctrl-C to end the demo.");
@@ -106,40 +104,19 @@ fn codex_command(port: u16) -> String {
     )
 }
 
-/// Sends a request with no key in it, and asks for the connection to be closed after the answer.
-fn send(port: u16, method_and_path: &str, body: &str) -> io::Result<BufReader<TcpStream>> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    let length = body.len();
-    write!(
-        stream,
-        "{method_and_path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-    )?;
-    Ok(BufReader::new(stream))
-}
-
-/// The status line of an answer, without the protocol's name.
-fn status(answer: &mut impl BufRead) -> io::Result<String> {
-    let mut line = String::new();
-    answer.read_line(&mut line)?;
-    Ok(line.trim_end().trim_start_matches("HTTP/1.1 ").to_owned())
-}
-
-/// A folder for the demo's files, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> io::Result<Self> {
-        let path =
-            std::env::temp_dir().join(format!("codex-responses-proxy-demo-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
-        Ok(Self(path))
+/// Answers a request that has the key, a word at a time.
+fn speak(exchange: &mut Exchange<'_>) -> io::Result<()> {
+    exchange.body()?;
+    if exchange.header("authorization") != format!("Bearer {KEY}") {
+        return exchange.answer("401 Unauthorized", "", b"");
     }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+    exchange.begin_events()?;
+    let words: Vec<_> = WORDS.split_inclusive(' ').collect();
+    for event in events(&words) {
+        thread::sleep(PAUSE);
+        exchange.chunk(event)?;
     }
+    exchange.chunk("")
 }
 
 /// The proxy as a process of its own, ended on drop.
@@ -149,14 +126,13 @@ struct Proxy {
 }
 
 impl Proxy {
-    fn start(folder: &Path, upstream_port: u16, ca_file: &Path) -> Outcome<Self> {
+    fn start(upstream: &Upstream) -> Outcome<Self> {
+        let folder = Folder::new();
         let info = folder.join("server-info.json");
         let mut process = Command::new(std::env::current_exe()?)
-            .arg(BE_THE_PROXY)
-            .arg("--upstream-url")
-            .arg(format!("https://localhost:{upstream_port}/v1/responses"))
+            .args([BE_THE_PROXY, "--upstream-url", &upstream.url()])
             .arg("--upstream-ca")
-            .arg(ca_file)
+            .arg(upstream.authority().ok_or("no certificate")?)
             .arg("--server-info")
             .arg(&info)
             .stdin(Stdio::piped())
@@ -171,10 +147,8 @@ impl Proxy {
         let mut first = String::new();
         lines.read_line(&mut first)?;
         let info: Value = std::fs::read_to_string(&info).map_err(|_| first)?.parse()?;
-        proxy.port = info["port"]
-            .as_u64()
-            .and_then(|port| port.try_into().ok())
-            .ok_or("no port in the info file")?;
+        let port = info["port"].as_u64().and_then(|port| port.try_into().ok());
+        proxy.port = port.ok_or("no port in the info file")?;
         // Its log is of no interest here, but somebody has to take it.
         thread::spawn(move || io::copy(&mut lines, &mut io::sink()));
         Ok(proxy)
@@ -186,96 +160,4 @@ impl Drop for Proxy {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// Starts the stand-in on a free port, and writes its certificate to `ca_file`.
-fn stand_in(ca_file: &Path) -> Outcome<u16> {
-    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
-    std::fs::write(ca_file, certified.cert.pem())?;
-    let private_key = PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der());
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(vec![certified.cert.der().clone()], private_key.into())?;
-    let config = Arc::new(config);
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let config = Arc::clone(&config);
-            thread::spawn(move || {
-                let tls = ServerConnection::new(config).map_err(io::Error::other)?;
-                serve(BufReader::new(StreamOwned::new(tls, stream)))
-            });
-        }
-    });
-    Ok(port)
-}
-
-/// Answers requests on one connection until it ends.
-fn serve(mut stream: BufReader<StreamOwned<ServerConnection, TcpStream>>) -> io::Result<()> {
-    loop {
-        let (mut length, mut authorized) = (0, false);
-        loop {
-            let mut line = String::new();
-            if stream.read_line(&mut line)? == 0 {
-                return Ok(());
-            }
-            let line = line.trim_end();
-            if line.is_empty() {
-                break;
-            }
-            let Some((name, value)) = line.split_once(": ") else {
-                continue;
-            };
-            match name.to_ascii_lowercase().as_str() {
-                "content-length" => length = value.parse().map_err(io::Error::other)?,
-                "authorization" => authorized = value == format!("Bearer {KEY}"),
-                _ => {}
-            }
-        }
-        io::copy(&mut stream.by_ref().take(length), &mut io::sink())?;
-        let out = stream.get_mut();
-        if authorized {
-            speak(out)?;
-        } else {
-            write!(
-                out,
-                "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n"
-            )?;
-        }
-    }
-}
-
-/// The events of one answer, as Codex wants to see them.
-fn speak(out: &mut impl Write) -> io::Result<()> {
-    write!(
-        out,
-        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-    )?;
-    let mut send = |event: Value| {
-        let kind = event["type"].as_str().unwrap_or_default().to_owned();
-        let text = format!("event: {kind}\ndata: {event}\n\n");
-        write!(out, "{:x}\r\n{text}\r\n", text.len()).and_then(|()| out.flush())
-    };
-    let part = json!([{ "type": "output_text", "text": WORDS, "annotations": [] }]);
-    let item = |content: &Value, status: &str| json!({ "type": "message", "id": "msg_1", "role": "assistant", "status": status, "content": content });
-    send(json!({ "type": "response.created", "response": { "id": "resp_1" } }))?;
-    send(
-        json!({ "type": "response.output_item.added", "output_index": 0, "item": item(&json!([]), "in_progress") }),
-    )?;
-    for word in WORDS.split_inclusive(' ') {
-        thread::sleep(PAUSE);
-        send(
-            json!({ "type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": word }),
-        )?;
-    }
-    send(
-        json!({ "type": "response.output_item.done", "output_index": 0, "item": item(&part, "completed") }),
-    )?;
-    let usage = json!({ "input_tokens": 1, "output_tokens": 1, "total_tokens": 2 });
-    send(json!({ "type": "response.completed", "response": { "id": "resp_1", "usage": usage } }))?;
-    write!(out, "0\r\n\r\n")?;
-    out.flush()
 }

@@ -4,34 +4,29 @@ mod support;
 
 #[cfg(not(target_os = "linux"))]
 #[test]
-fn users_are_told_apart() {
-    support::skip("clients of several users", "only Linux tells them apart");
+fn it_is_an_error_where_the_kernel_does_not_tell_users_apart() {
+    let launch = support::Launch::new().args(["--allow-user", "0"]);
+    launch.assert_one_sentence("not Linux", 1, &["--allow-user"]);
+    let what = "key_once, overload, process_privacy and parts of allow_user and dump";
+    support::skip(what, "they need what only Linux tells of a process");
 }
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use super::support::{
-        Folder, PATIENCE,
-        client::Client,
-        is_root,
-        linux::{Mount, as_user, before_start, checked, with_mounts},
-        proxy::{Launch, Proxy},
-        skip,
-        upstream::{Upstream, ok},
-    };
-    use std::{
-        fs,
-        net::Ipv4Addr,
-        os::unix::process::CommandExt,
-        path::Path,
-        process::{Command, Stdio},
-        time::Instant,
-    };
+    use super::support::*;
+    use nix::{libc, sys::signal::Signal};
+    use std::{fs, io, path::Path};
 
     /// Users that no system gives a name to, and the one that every system gives nothing to.
     const ALLOWED: u32 = 3_900_001;
     const REFUSED: u32 = 3_900_002;
     const NOBODY: u32 = 65_534;
+
+    /// The proxy, which serves these.
+    fn allowing<'a>(upstream: &Upstream, who: impl IntoIterator<Item = &'a str>) -> Launch {
+        let args = who.into_iter().flat_map(|who| ["--allow-user", who]);
+        Launch::to(upstream).args(args)
+    }
 
     /// A connection of this user's. A socket is whose it was when it was made, whoever uses it.
     fn client_of(uid: u32, proxy: &Proxy) -> Client {
@@ -44,194 +39,145 @@ mod linux {
         client_of(uid, proxy).ask().unwrap().status()
     }
 
-    fn not_root(what: &str) -> bool {
-        if !is_root() {
-            skip(what, "only root can be another user");
-        }
-        !is_root()
-    }
-
     #[test]
     fn a_named_user_is_served_and_others_are_refused_with_their_uid_in_the_log() {
-        if not_root("clients of several users") {
+        if !is_root_for("clients of several users") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let mut proxy = Launch::to(&upstream)
-            .args(["--allow-user", &ALLOWED.to_string()])
-            .args(["--allow-user", "root"])
-            .start();
-        for (uid, expected) in [
-            (ALLOWED, 200),
-            (0, 200),
-            (REFUSED, 403),
-            (NOBODY, 403),
-            (ALLOWED, 200),
+        let mut proxy = allowing(&upstream, [&*ALLOWED.to_string(), "root"]).start();
+        for (uid, status, line) in [
+            (ALLOWED, 200, "request "),
+            (0, 200, "request "),
+            (REFUSED, 403, "refused "),
+            (NOBODY, 403, "refused "),
+            (ALLOWED, 200, "request "),
         ] {
-            assert_eq!(status_for(&proxy, uid), expected, "{uid}");
-            let line = proxy.wait_for_line(|line| line.contains("uid="));
-            assert!(line.contains(&format!(" uid={uid} ")), "{uid}: {line}");
-            assert!(
-                line.contains(&format!(" status={expected} ")),
-                "{uid}: {line}"
-            );
-            assert_eq!(line.starts_with("refused "), expected == 403, "{line}");
+            assert_eq!(status_for(&proxy, uid), status, "{uid}");
+            let words = [format!(" uid={uid} "), format!(" status={status} ")];
+            proxy.wait_for_request(line, &[&words[0], &words[1]]);
         }
         assert_eq!(upstream.seen().len(), 3);
     }
 
     #[test]
-    fn a_refused_user_gets_403_on_every_path_and_can_not_stop_it() {
-        if not_root("a client of another user") {
+    fn refused_users_keep_no_place_from_others() {
+        if !is_root_for("a client of another user") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let proxy = Launch::to(&upstream)
-            .args(["--allow-user", &ALLOWED.to_string(), "--http-shutdown"])
-            .start();
-        let requests = [
-            "POST /v1/responses",
-            "GET /shutdown",
-            "GET /v1/models",
-            "POST /v1/responses?",
-            "OPTIONS *",
-            "DELETE /",
-        ];
-        for request in requests {
-            let bytes =
-                format!("{request} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}");
+        // Room for 30 clients.
+        let launch = limit_descriptors(allowing(&upstream, [&*ALLOWED.to_string()]), 100, 0..0);
+        let proxy = launch.start();
+        // Some of them begin a request, and none reads.
+        let mut refused = [(); 100].map(|()| client_of(REFUSED, &proxy));
+        for client in refused.iter_mut().step_by(2) {
+            let _ = client.send("POST /v1/resp");
+        }
+        for _ in 0..40 {
+            assert_eq!(status_for(&proxy, ALLOWED), 200);
+        }
+        drop(refused);
+    }
+
+    #[test]
+    fn a_refused_user_gets_403_on_every_path_and_can_not_stop_it() {
+        if !is_root_for("a client of another user") {
+            return;
+        }
+        let upstream = Upstream::start(ok);
+        let launch = allowing(&upstream, [&*ALLOWED.to_string()]);
+        let proxy = launch.arg("--http-shutdown").start();
+        let requests = "POST /v1/responses|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
+        for request in requests.split('|') {
             let mut client = client_of(REFUSED, &proxy);
-            client.send(&bytes).unwrap();
+            let headers = "Host: localhost\r\nContent-Length: 2";
+            let bytes = format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}");
+            client.send(bytes).unwrap();
             let response = client.response().unwrap();
             assert_eq!(response.status(), 403, "{request}: {response:?}");
             let message = response.error_message();
             assert!(message.contains("user"), "{request}: {message}");
-            client.finish_sending();
+            // It has said all that it may.
             assert_eq!(client.until_closed().unwrap(), b"", "{request}");
         }
         let mut client = client_of(ALLOWED, &proxy);
         assert_eq!(client.ask().unwrap().status(), 200);
-        client
-            .send("GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            .unwrap();
-        assert_eq!(client.response().unwrap().status(), 200);
+        assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
         let run = proxy.wait();
         assert_eq!(run.status.code(), Some(0), "{run:?}");
         let of_refused = |line: &&String| line.contains(&format!("uid={REFUSED} "));
-        let lines = run.stderr.iter().filter(of_refused);
-        assert_eq!(lines.count(), requests.len(), "one line each: {run:?}");
+        let lines = run.stderr.iter().filter(of_refused).count();
+        assert_eq!(lines, requests.split('|').count(), "one line each: {run:?}");
         assert_eq!(upstream.only().body, b"{}");
-    }
-
-    /// Sends a request from a process of its own that ends at once, its connection still open.
-    fn send_and_exit(port: u16, bytes: &[u8]) {
-        let bytes = bytes.to_vec();
-        let mut command = Command::new("/");
-        command.uid(REFUSED).stdin(Stdio::null());
-        before_start(&mut command, move || {
-            let address = libc::sockaddr_in {
-                sin_family: libc::AF_INET as libc::sa_family_t,
-                sin_port: port.to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from(Ipv4Addr::LOCALHOST).to_be(),
-                },
-                sin_zero: [0; 8],
-            };
-            let size = size_of_val(&address) as libc::socklen_t;
-            // SAFETY: `address` is valid and has this size, `bytes` are that many; the others are integers. The
-            // process that ends is the child of the fork.
-            #[allow(unsafe_code)]
-            unsafe {
-                let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
-                checked(socket)?;
-                checked(libc::connect(socket, (&raw const address).cast(), size))?;
-                let sent = libc::write(socket, bytes.as_ptr().cast(), bytes.len());
-                libc::_exit(if sent == bytes.len() as isize { 0 } else { 1 });
-            }
-        });
-        let status = command.status().unwrap();
-        assert_eq!(status.code(), Some(0), "{status}");
     }
 
     #[test]
     fn a_refused_user_passes_for_nobody_else_by_leaving() {
         const EACH: usize = 60;
-        if not_root("clients of another user that leave") {
+        if !is_root_for("clients of another user that leave") {
             return;
         }
         let upstream = Upstream::start(ok);
         // A socket that nobody owns any more says that it is root's.
-        let proxy = Launch::to(&upstream)
-            .args(["--allow-user", "root", "--http-shutdown"])
-            .start();
-        let ways: [fn(Client) -> Option<Client>; 4] = [
-            |_closed| None,
-            |reset| {
-                reset.reset();
-                None
-            },
-            |half_closed| {
-                half_closed.finish_sending();
-                Some(half_closed)
-            },
-            |half_closed_then_closed| {
-                half_closed_then_closed.finish_sending();
-                None
-            },
+        let launch = allowing(&upstream, ["root"]).arg("--http-shutdown");
+        let proxy = launch.start();
+        let ways = [
+            "closes",
+            "resets",
+            "half closes",
+            "half closes, then closes",
         ];
         let mut staying = Vec::new();
-        let requests = [
-            "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
-            "GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        ];
         // All of them have left before the proxy looks at the first; then, whatever comes first.
         for frozen in [true, false] {
             if frozen {
                 proxy.freeze();
             }
-            for (number, leave) in (0..EACH).flat_map(|_| ways).enumerate() {
-                let mut client = client_of(REFUSED, &proxy);
-                client.send(requests[number / ways.len() % 2]).unwrap();
-                staying.extend(leave(client));
-            }
             for number in 0..EACH {
-                send_and_exit(proxy.port, requests[number % 2].as_bytes());
+                for way in ways {
+                    let mut client = client_of(REFUSED, &proxy);
+                    let shutdown = "GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n";
+                    let post = client.post_head("Content-Length: 2\r\n") + "{}";
+                    client.send([shutdown, &post][number % 2]).unwrap();
+                    if way.starts_with("half") {
+                        client.finish_sending();
+                    }
+                    match way {
+                        "resets" => client.reset(),
+                        "half closes" => staying.push(client),
+                        _ => drop(client),
+                    }
+                }
             }
-            proxy.signal(libc::SIGCONT);
+            proxy.signal(Signal::SIGCONT);
             assert_eq!(status_for(&proxy, 0), 200, "frozen: {frozen}");
         }
         let run = proxy.stop();
         assert_eq!(run.status.code(), Some(0), "{run:?}");
-        let refused = format!("uid={REFUSED} status=403");
-        let mut served = 0;
-        for line in run.stderr.iter().filter(|line| line.contains("uid=")) {
-            match line.starts_with("request uid=0 status=200") {
-                true => served += 1,
-                false => assert!(
-                    line.starts_with("refused ")
-                        && (line.contains(&refused) || line.contains("uid=- status=403")),
-                    "{line}"
-                ),
-            }
+        let lines = run.stderr.iter().filter(|line| line.contains("uid="));
+        let is_roots = |line: &&String| line.starts_with("request uid=0 status=200");
+        let (roots, others): (Vec<_>, Vec<_>) = lines.partition(is_roots);
+        assert_eq!(roots.len(), 2, "root's own");
+        for line in others {
+            let line = line.replace(&format!("uid={REFUSED} "), "uid=- ");
+            assert!(line.starts_with("refused uid=- status=403 "), "{line}");
         }
-        assert_eq!(served, 2, "root's own");
         assert_eq!(upstream.close().len(), 2, "root's own");
     }
 
     #[test]
     fn an_allowed_user_who_half_closes_is_not_taken_on_trust() {
-        if not_root("a client of another user") {
+        if !is_root_for("a client of another user") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let proxy = Launch::to(&upstream)
-            .args(["--allow-user", &ALLOWED.to_string()])
-            .start();
+        let proxy = allowing(&upstream, [&*ALLOWED.to_string()]).start();
         proxy.freeze();
         let mut client = client_of(ALLOWED, &proxy);
-        client.post("", b"{}").unwrap();
+        client.post("", "{}").unwrap();
         client.finish_sending();
-        proxy.signal(libc::SIGCONT);
+        proxy.signal(Signal::SIGCONT);
         assert_eq!(client.response().unwrap().status(), 403);
         assert_eq!(status_for(&proxy, ALLOWED), 200);
         proxy.stop();
@@ -245,21 +191,10 @@ carol:x:3900103:3900200::/:/bin/sh
 dave:x:3900104:3900104::/:/bin/sh
 ";
 
-    /// Who may and who may not, when `--allow-user` says `alice` and `@developers`.
-    fn assert_served<const N: usize>(proxy: &Proxy, when: &str, expected: [(&str, u32, u16); N]) {
-        // What the group database said of somebody is relied on for some seconds.
-        let deadline = Instant::now() + PATIENCE;
-        for (who, uid, status) in expected {
-            while status_for(proxy, uid) != status {
-                assert!(Instant::now() < deadline, "{when}: {who}: not {status}");
-            }
-        }
-    }
-
     #[test]
     fn names_and_groups_are_served_and_a_changed_membership_counts_soon() {
         let what = "users and groups by name";
-        if not_root(what) {
+        if !is_root_for(what) {
             return;
         }
         if Path::new("/var/run/nscd/socket").exists() {
@@ -268,55 +203,91 @@ dave:x:3900104:3900104::/:/bin/sh
         let folder = Folder::new();
         let file = |name: &str, content: &str| {
             fs::write(folder.join(name), content).unwrap();
-            Mount::file(&folder.join(name), &Path::new("/etc").join(name))
+            Mount::File(folder.join(name), Path::new("/etc").join(name))
         };
-        let groups = "root:x:0:\nprimary:x:3900200:\ndevelopers:x:3900201:root,bob\n";
-        let mounts = vec![
-            file("passwd", USERS),
-            file("group", groups),
-            file("nsswitch.conf", "passwd: files\ngroup: files\n"),
+        let both = "primary:x:3900200:\ndevelopers:x:3900201:root,bob\n";
+        let others = "developers:x:3900201:dave\nprimary:x:3900202:\n";
+        // Each time: the groups, and who is served then: alice by name, bob, carol, dave, and one without a name.
+        let times = [
+            (both, [200, 200, 200, 403, 403]),
+            (others, [200, 403, 403, 200, 403]),
+            ("", [200, 403, 403, 403, 403]),
         ];
+        let mounts = [
+            ("passwd", USERS),
+            ("group", both),
+            ("nsswitch.conf", "passwd: files\ngroup: files\n"),
+        ];
+        let mounts = mounts.map(|(name, content)| file(name, content)).into();
         let upstream = Upstream::start(ok);
-        let args = ["alice", "@developers", "@primary"]
-            .into_iter()
-            .flat_map(|who| ["--allow-user", who]);
-        let proxy = match with_mounts(Launch::to(&upstream).args(args), mounts) {
+        let launch = allowing(&upstream, ["alice", "@developers", "@primary"]);
+        let proxy = match with_mounts(launch, mounts) {
             Ok(launch) => launch.start(),
             Err(error) => return skip(what, &format!("no file system of its own: {error}")),
         };
-        assert_served(
-            &proxy,
-            "at first",
-            [
-                ("alice, by name", 3_900_101, 200),
-                ("bob, a member of a group", 3_900_102, 200),
-                ("carol, whose primary group it is", 3_900_103, 200),
-                ("dave, in no group", 3_900_104, 403),
-                ("one without a name", REFUSED, 403),
-            ],
-        );
-        // In place, for the mount is of the file and not of its name.
-        fs::write(
-            folder.join("group"),
-            "root:x:0:\ndevelopers:x:3900201:dave\nprimary:x:3900202:\n",
-        )
-        .unwrap();
-        assert_served(
-            &proxy,
-            "with other members",
-            [
-                ("alice, by name", 3_900_101, 200),
-                ("bob, who left", 3_900_102, 403),
-                ("carol, whose primary group is another", 3_900_103, 403),
-                ("dave, who joined", 3_900_104, 200),
-                ("one without a name", REFUSED, 403),
-            ],
-        );
-        fs::write(folder.join("group"), "root:x:0:\n").unwrap();
-        assert_served(
-            &proxy,
-            "without the group",
-            [("dave", 3_900_104, 403), ("alice, by name", 3_900_101, 200)],
-        );
+        for (groups, expected) in times {
+            // In place, for the mount is of the file and not of its name.
+            fs::write(folder.join("group"), format!("root:x:0:\n{groups}")).unwrap();
+            let users = [3_900_101, 3_900_102, 3_900_103, 3_900_104, REFUSED];
+            // What the group database says is relied on for a moment.
+            wait_until(groups, || {
+                users.map(|uid| status_for(&proxy, uid)) == expected
+            });
+        }
+    }
+
+    /// Denies a program netlink sockets in the way of systemd's `RestrictAddressFamilies=`.
+    fn without_netlink(launch: Launch) -> Launch {
+        const DENIED: u32 = libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT as u32;
+        // The call's number is at 0, the lower half of its first argument at 16 or 20 (linux/seccomp.h).
+        let first_argument = 16 + 4 * u32::from(cfg!(target_endian = "big"));
+        let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+        let filter = [
+            (load, 0, 0),
+            (libc::BPF_JMP | libc::BPF_JEQ, 3, libc::SYS_socket as u32),
+            (load, 0, first_argument),
+            (libc::BPF_JMP | libc::BPF_JEQ, 1, libc::AF_NETLINK as u32),
+            (libc::BPF_RET, 0, DENIED),
+            (libc::BPF_RET, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let mut filter = filter.map(|(code, jf, k)| libc::sock_filter {
+            code: code as u16,
+            jt: 0,
+            jf,
+            k,
+        });
+        launch.before_start(move || {
+            let program = libc::sock_fprog {
+                len: filter.len() as u16,
+                filter: filter.as_mut_ptr(),
+            };
+            nix::sys::prctl::set_no_new_privs()?;
+            let mode = libc::SECCOMP_MODE_FILTER;
+            // SAFETY: `program` has a filter of its length, which lives through the call; the others are integers.
+            #[allow(unsafe_code)]
+            match unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })
+    }
+
+    #[test]
+    fn without_netlink_it_does_not_start_and_says_what_is_missing() {
+        let upstream = Upstream::start(ok);
+        let words = ["--allow-user", "AF_NETLINK"];
+        without_netlink(allowing(&upstream, ["0"])).assert_one_sentence("denied", 1, &words);
+        // Who doesn't ask for it doesn't need it.
+        let proxy = without_netlink(Launch::to(&upstream)).start();
+        assert_eq!(proxy.ask().status(), 200);
+    }
+
+    #[test]
+    fn an_unknown_name_is_one_sentence_that_says_which() {
+        for name in "no-such-user-here @no-such-group-here 4294967296 -1 @ ".split(' ') {
+            let launch = Launch::new().args(["--allow-user", "0"]);
+            let launch = launch.arg(format!("--allow-user={name}"));
+            launch.assert_one_sentence(name, 1, &["--allow-user", name]);
+        }
     }
 }

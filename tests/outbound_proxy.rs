@@ -2,67 +2,59 @@
 
 mod support;
 
-use std::{
-    io::{self, Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
-    sync::{Arc, Mutex},
-    thread,
-};
-use support::{
-    PATIENCE,
-    client::Client,
-    proxy::{KEY, Launch},
-    upstream::{Upstream, ok},
-};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use support::*;
 
 /// A proxy that makes tunnels, or says why not.
 struct Tunnels {
-    port: u16,
+    url: String,
     /// What came over each connection from the program, all of it.
-    came: Arc<Mutex<Vec<Vec<u8>>>>,
+    came: Arc<Mutex<Vec<String>>>,
 }
 
 impl Tunnels {
     fn start(answer: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let url = format!("http://{}", listener.local_addr().unwrap());
         let came = Arc::new(Mutex::new(Vec::new()));
         let record = came.clone();
         thread::spawn(move || {
             for (number, client) in listener.incoming().enumerate() {
-                record.lock().unwrap().push(Vec::new());
+                record.lock().unwrap().push(String::new());
                 let record = record.clone();
-                thread::spawn(move || Self::serve(client?, answer, &record, number));
+                thread::spawn(move || {
+                    let note = |bytes: &[u8]| {
+                        record.lock().unwrap()[number] += &String::from_utf8_lossy(bytes);
+                    };
+                    Self::serve(client?, answer, note)
+                });
             }
         });
-        Self { port, came }
+        Self { url, came }
     }
 
-    fn serve(
-        client: TcpStream,
-        answer: &str,
-        record: &Mutex<Vec<Vec<u8>>>,
-        number: usize,
-    ) -> io::Result<()> {
+    fn serve(client: TcpStream, answer: &str, note: impl Fn(&[u8])) -> io::Result<()> {
         client.set_read_timeout(Some(PATIENCE))?;
-        let mut from_client = &client;
+        let (mut from_client, mut to_client) = (&client, &client);
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
             from_client.read_exact(&mut byte)?;
             head.extend_from_slice(&byte);
         }
-        record.lock().unwrap()[number].extend_from_slice(&head);
+        note(&head);
         // In two pieces, as a slow proxy's may come.
         let (first, second) = answer.split_at(answer.len() / 2);
-        (&client).write_all(first.as_bytes())?;
-        (&client).write_all(second.as_bytes())?;
-        if !answer.starts_with("HTTP/1.1 200") {
+        to_client.write_all(first.as_bytes())?;
+        to_client.write_all(second.as_bytes())?;
+        if answer != ESTABLISHED {
             return Ok(());
         }
         let head = String::from_utf8(head).unwrap();
-        let target = head.split(' ').nth(1).unwrap();
-        let server = TcpStream::connect(target)?;
+        let server = TcpStream::connect(head.split(' ').nth(1).unwrap())?;
         thread::scope(|scope| {
             scope.spawn(|| {
                 let _ = io::copy(&mut &server, &mut &client);
@@ -70,25 +62,15 @@ impl Tunnels {
             });
             let mut piece = [0; 65536];
             while let Ok(got @ 1..) = from_client.read(&mut piece) {
-                record.lock().unwrap()[number].extend_from_slice(&piece[..got]);
+                note(&piece[..got]);
                 (&server).write_all(&piece[..got])?;
             }
             server.shutdown(Shutdown::Write)
         })
     }
 
-    fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
-    }
-
-    /// The heads that came, as text.
-    fn heads(&self) -> Vec<String> {
-        let came = self.came.lock().unwrap();
-        let head = |bytes: &Vec<u8>| {
-            let end = support::http::find(bytes, b"\r\n\r\n").map_or(bytes.len(), |at| at + 4);
-            String::from_utf8_lossy(&bytes[..end]).into_owned()
-        };
-        came.iter().map(head).collect()
+    fn came(&self) -> Vec<String> {
+        self.came.lock().unwrap().clone()
     }
 }
 
@@ -99,147 +81,91 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
     for variable in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
         let upstream = Upstream::start(ok);
         let tunnels = Tunnels::start(ESTABLISHED);
-        let proxy = Launch::to(&upstream).env(variable, tunnels.url()).start();
-        let mut client = Client::connect(proxy.port);
+        let proxy = Launch::to(&upstream).env(variable, &tunnels.url).start();
+        let mut client = proxy.client();
         for _ in 0..3 {
             assert_eq!(client.ask().unwrap().status(), 200, "{variable}");
         }
-        let heads = tunnels.heads();
-        let [head] = heads.as_slice() else {
-            panic!("{variable}: not one tunnel but {heads:#?}");
+        let came = tunnels.came();
+        let [all] = came.as_slice() else {
+            panic!("{variable}: not one tunnel but {came:#?}");
         };
-        let target = format!("localhost:{}", upstream.port);
-        assert!(
-            head.starts_with(&format!("CONNECT {target} HTTP/1.1\r\n")),
-            "{variable}: {head}"
-        );
-        assert!(
-            !head.to_ascii_lowercase().contains("\r\nauthorization:"),
-            "{variable}: {head}"
-        );
-        let all = tunnels.came.lock().unwrap().concat();
-        let all = String::from_utf8_lossy(&all);
-        assert!(
-            !all.contains(KEY) && !all.contains("/v1/responses"),
-            "{variable}: TLS is end to end"
-        );
+        let connect = format!("CONNECT localhost:{} HTTP/1.1\r\n", upstream.port);
+        assert!(all.starts_with(&connect), "{variable}: {all}");
+        let head = all.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
+        assert!(!head.contains("\r\nauthorization:"), "{variable}: {head}");
+        for hidden in [KEY, "/v1/responses"] {
+            assert!(!all.contains(hidden), "{variable}: TLS is end to end");
+        }
         assert_eq!(upstream.connections(), 1, "{variable}");
-        assert_eq!(
-            upstream.seen()[0].head.get("authorization"),
-            Some(&*format!("Bearer {KEY}")),
-            "{variable}"
-        );
+        let head = upstream.seen().remove(0).head;
+        assert_eq!(head.all("authorization"), [format!("Bearer {KEY}")]);
     }
-}
-
-#[test]
-fn https_proxy_goes_before_all_proxy_and_http_proxy_is_not_meant() {
-    let upstream = Upstream::start(ok);
-    let (right, wrong) = (Tunnels::start(ESTABLISHED), Tunnels::start(ESTABLISHED));
-    let launch = Launch::to(&upstream).env("HTTPS_PROXY", right.url());
-    let proxy = launch
-        .env("ALL_PROXY", wrong.url())
-        .env("HTTP_PROXY", wrong.url())
-        .start();
-    assert_eq!(Client::connect(proxy.port).ask().unwrap().status(), 200);
-    assert_eq!((right.heads().len(), wrong.heads().len()), (1, 0));
-
-    let proxy = Launch::to(&upstream).env("HTTP_PROXY", wrong.url()).start();
-    assert_eq!(Client::connect(proxy.port).ask().unwrap().status(), 200);
-    assert_eq!(wrong.heads().len(), 0, "HTTP_PROXY alone");
 }
 
 #[test]
 fn the_proxys_own_credentials_go_to_it_and_no_further() {
     let upstream = Upstream::start(ok);
     let tunnels = Tunnels::start(ESTABLISHED);
-    let url = tunnels.url().replace("http://", "http://user:p%40ss@");
+    let url = tunnels.url.replace("http://", "http://user:p%40ss@");
     let proxy = Launch::to(&upstream).env("HTTPS_PROXY", url).start();
-    assert_eq!(Client::connect(proxy.port).ask().unwrap().status(), 200);
+    assert_eq!(proxy.ask().status(), 200);
     // base64 of `user:p@ss`
     let expected = "\r\nproxy-authorization: basic dxnlcjpwqhnz\r\n";
-    let head = tunnels.heads().remove(0).to_ascii_lowercase();
+    let head = tunnels.came().remove(0).to_ascii_lowercase();
     assert!(head.contains(expected), "{head}");
-    let raw = upstream.only().head.raw.to_ascii_lowercase();
-    assert!(support::http::find(&raw, b"proxy-authorization").is_none());
+    let seen = upstream.only();
+    assert_eq!(seen.head.get("proxy-authorization"), None);
     let log = proxy.stop().stderr.join("\n");
     assert!(!log.contains("p%40ss") && !log.contains("p@ss"), "{log}");
 }
 
 #[test]
-fn no_proxy_names_what_is_reached_directly() {
-    let cases = [
-        ("the name", "NO_PROXY", "localhost", true),
-        (
-            "the name among others",
-            "NO_PROXY",
-            "example.org, localhost ,10.0.0.0/8",
-            true,
-        ),
-        ("in lower case", "no_proxy", "localhost", true),
-        ("everything", "NO_PROXY", "*", true),
-        ("another name", "NO_PROXY", "example.org", false),
-        ("a part of the name", "NO_PROXY", "host", false),
-        ("nothing", "NO_PROXY", "", false),
-    ];
-    for (name, variable, value, direct) in cases {
-        let upstream = Upstream::start(ok);
-        let tunnels = Tunnels::start(ESTABLISHED);
-        let launch = Launch::to(&upstream).env("HTTPS_PROXY", tunnels.url());
-        let proxy = launch.env(variable, value).start();
-        assert_eq!(
-            Client::connect(proxy.port).ask().unwrap().status(),
-            200,
-            "{name}"
-        );
-        assert_eq!(tunnels.heads().is_empty(), direct, "{name}");
-    }
-}
-
-#[test]
-fn no_proxy_knows_addresses_and_networks() {
-    for (value, direct) in [
-        ("127.0.0.1", true),
-        ("127.0.0.0/8", true),
-        ("10.0.0.0/8", false),
+fn variables_say_what_is_reached_directly() {
+    const PLAIN: &str = "localhost, without TLS";
+    // What is reached through RIGHT is not reached directly, and nothing ever through WRONG.
+    for (host, variables) in [
+        ("localhost", "HTTPS_PROXY=RIGHT;ALL_PROXY=WRONG"),
+        ("localhost", "ALL_PROXY=RIGHT;HTTP_PROXY=WRONG"),
+        ("localhost", "HTTP_PROXY=WRONG"),
+        ("localhost", "HTTPS_PROXY=WRONG;NO_PROXY=localhost"),
+        ("localhost", "ALL_PROXY=WRONG;NO_PROXY=x.org, localhost ,y"),
+        ("localhost", "HTTPS_PROXY=WRONG;no_proxy=localhost"),
+        ("localhost", "HTTPS_PROXY=WRONG;NO_PROXY=*"),
+        ("localhost", "HTTPS_PROXY=RIGHT;NO_PROXY=example.org"),
+        ("localhost", "HTTPS_PROXY=RIGHT;NO_PROXY=host"),
+        ("localhost", "HTTPS_PROXY=RIGHT;NO_PROXY="),
+        ("127.0.0.1", "ALL_PROXY=WRONG;NO_PROXY=127.0.0.1"),
+        ("127.0.0.1", "ALL_PROXY=WRONG;NO_PROXY=127.0.0.0/8"),
+        ("127.0.0.1", "ALL_PROXY=RIGHT;NO_PROXY=10.0.0.0/8"),
+        // No proxy ever sees what isn't encrypted.
+        (PLAIN, "HTTP_PROXY=WRONG;HTTPS_PROXY=WRONG"),
+        (PLAIN, "ALL_PROXY=WRONG"),
     ] {
-        let upstream = Upstream::start(ok);
-        let tunnels = Tunnels::start(ESTABLISHED);
-        let url = upstream.url().replace("localhost", "127.0.0.1");
-        let launch = Launch::new().args(["--upstream-url", &url]);
-        let launch = launch
-            .arg("--upstream-ca")
-            .arg(upstream.authority().unwrap());
-        let proxy = launch
-            .env("ALL_PROXY", tunnels.url())
-            .env("NO_PROXY", value)
-            .start();
-        assert_eq!(
-            Client::connect(proxy.port).ask().unwrap().status(),
-            200,
-            "{value}"
-        );
-        assert_eq!(tunnels.heads().is_empty(), direct, "{value}");
+        let upstream = match host {
+            PLAIN => Upstream::plain(ok),
+            _ => Upstream::start(ok),
+        };
+        let [right, wrong] = [ESTABLISHED; 2].map(Tunnels::start);
+        let name = host.split(',').next().unwrap();
+        let url = upstream.url().replace("localhost", name);
+        let mut launch = Launch::new().url(&url).trusting(&upstream);
+        for variable in variables.split(';') {
+            let (name, value) = variable.split_once('=').unwrap();
+            let value = value.replace("RIGHT", &right.url);
+            launch = launch.env(name, value.replace("WRONG", &wrong.url));
+        }
+        assert_eq!(launch.start().ask().status(), 200, "{host} {variables}");
+        let tunnels = (right.came().len(), wrong.came().len());
+        let expected = usize::from(variables.contains("RIGHT"));
+        assert_eq!(tunnels, (expected, 0), "{host} {variables}");
     }
-}
-
-#[test]
-fn an_upstream_without_tls_is_never_reached_through_a_proxy() {
-    let upstream = Upstream::plain(ok);
-    let tunnels = Tunnels::start(ESTABLISHED);
-    let launch = Launch::to(&upstream);
-    let proxy = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
-        .into_iter()
-        .fold(launch, |launch, variable| {
-            launch.env(variable, tunnels.url())
-        })
-        .start();
-    assert_eq!(Client::connect(proxy.port).ask().unwrap().status(), 200);
-    assert!(tunnels.heads().is_empty());
 }
 
 #[test]
 fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    let nobody = format!("http://{}", nobody.unwrap());
     let answers = [
         "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic\r\n\r\n",
         "HTTP/1.1 403 Forbidden\r\nContent-Length: 6\r\n\r\nno way",
@@ -247,36 +173,15 @@ fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
         "what is this\r\n\r\n",
         "",
     ];
-    for answer in answers {
+    let proxies = answers.map(|answer| (answer, Tunnels::start(answer).url));
+    for (name, url) in proxies.into_iter().chain([("no proxy there", nobody)]) {
         let upstream = Upstream::start(ok);
-        let tunnels = Tunnels::start(answer);
-        let proxy = Launch::to(&upstream)
-            .env("HTTPS_PROXY", tunnels.url())
-            .start();
-        let mut client = Client::connect(proxy.port);
-        let response = client.ask().unwrap();
-        assert_eq!(response.status(), 502, "{answer:?}");
+        let response = Launch::to(&upstream).env("HTTPS_PROXY", url).start().ask();
+        assert_eq!(response.status(), 502, "{name:?}");
         let message = response.error_message();
-        assert!(
-            message.contains("proxy") && !message.contains(KEY),
-            "{answer:?}: {message}"
-        );
-        assert_eq!(
-            upstream.connections(),
-            0,
-            "{answer:?}: nothing goes around the proxy"
-        );
+        assert!(!message.contains(KEY), "{name:?}: {message}");
+        assert!(message.contains("proxy"), "{name:?}: {message}");
+        let around = upstream.connections();
+        assert_eq!(around, 0, "{name:?}: nothing goes around the proxy");
     }
-    let nobody = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let upstream = Upstream::start(ok);
-    let proxy = Launch::to(&upstream)
-        .env("HTTPS_PROXY", format!("http://{nobody}"))
-        .start();
-    let response = Client::connect(proxy.port).ask().unwrap();
-    assert_eq!(response.status(), 502, "no proxy there");
-    response.error_message();
-    assert_eq!(upstream.connections(), 0);
 }

@@ -2,154 +2,81 @@
 
 mod support;
 
-use std::{ffi::OsStr, fs, net::TcpListener, os::unix::ffi::OsStrExt};
-use support::{
-    Folder,
-    proxy::{KEY, Launch, assert_one_sentence},
-    skip,
-};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use std::os::unix::fs::FileTypeExt;
+use std::{ffi::OsStr, fs, net::TcpListener, os::unix::ffi::OsStrExt, path::Path};
+use support::*;
 
 #[test]
 fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {
     // Somebody may give the key itself where it doesn't belong.
-    let cases: [(&str, &[&str], &str); 13] = [
-        ("an unknown flag", &["--no-such-flag"], "--help"),
-        ("an unknown short flag", &["-x"], "--help"),
-        ("the key as a flag", &[&format!("--{KEY}")], "stdin"),
-        ("the key as an argument", &[KEY], "stdin"),
-        (
-            "the key behind a flag's own",
-            &["--port", "1", KEY],
-            "stdin",
-        ),
-        ("the key as a port", &["--port", KEY], "--port"),
-        ("a port that is too large", &["--port", "65536"], "--port"),
-        ("a negative port", &["--port=-1"], "--port"),
-        ("no port behind the flag", &["--port"], "--port"),
-        (
-            "no file behind the flag",
-            &["--server-info"],
-            "--server-info",
-        ),
-        (
-            "an empty file name",
-            &["--server-info", ""],
-            "--server-info",
-        ),
-        (
-            "a value for a flag without one",
-            &[&format!("--http-shutdown={KEY}")],
-            "--help",
-        ),
-        (
-            "a flag given twice",
-            &["--port", "1", "--port", "2"],
-            "--port",
-        ),
-    ];
-    for (name, args, word) in cases {
-        assert_one_sentence(name, 2, &Launch::new().args(args).finish(), &[word]);
+    for (args, word) in [
+        ("--no-such-flag", "--help"),
+        ("-x", "--help"),
+        ("--KEY", "stdin"),
+        ("KEY", "stdin"),
+        ("--port 1 KEY", "stdin"),
+        ("--port KEY", "--port"),
+        ("--port 65536", "--port"),
+        ("--port=-1", "--port"),
+        ("--port", "--port"),
+        ("--port 1 --port 2", "--port"),
+        ("--server-info", "--server-info"),
+        ("--server-info=", "--server-info"),
+        ("--http-shutdown=KEY", "--help"),
+    ] {
+        let given = args.replace("KEY", KEY);
+        let launch = Launch::before_the_key().args(given.split(' '));
+        launch.assert_one_sentence(args, 2, &[word]);
     }
-    let url = OsStr::from_bytes(b"https://\xff/");
-    let not_utf8 = Launch::new().arg("--upstream-url").arg(url).finish();
-    assert_one_sentence("a URL that is not UTF-8", 2, &not_utf8, &["--help"]);
+    let not_utf8 = OsStr::from_bytes(b"https://\xff/");
+    let launch = Launch::before_the_key().arg("--upstream-url").arg(not_utf8);
+    launch.assert_one_sentence("a URL that is not UTF-8", 2, &["--help"]);
 }
 
 #[test]
 fn an_unusable_upstream_url_is_one_sentence_that_does_not_repeat_it() {
-    let cases = [
-        ("empty", ""),
-        ("a path", "/v1/hunter2"),
-        ("no scheme", "hunter2.example/v1/responses"),
-        ("another scheme", "ftp://hunter2.example/"),
-        ("a scheme with a letter more", "httpss://hunter2.example/"),
-        (
-            "http to another host",
-            "http://hunter2.example/v1/responses",
-        ),
-        (
-            "http to an address of another host",
-            "http://192.0.2.1/hunter2",
-        ),
-        (
-            "http to a name that begins like loopback",
-            "http://127.0.0.1.hunter2.example/",
-        ),
-        ("http to all addresses", "http://0.0.0.0/hunter2"),
-        ("user info", "https://hunter2@localhost/v1/responses"),
-        (
-            "user info and password",
-            "https://user:hunter2@localhost/v1/responses",
-        ),
-        (
-            "user info that looks like a loopback host",
-            "http://localhost:80@hunter2.example/",
-        ),
-        ("a fragment", "https://localhost/v1/responses#hunter2"),
-        ("an empty fragment", "https://localhost/hunter2#"),
-        ("no host", "https:///v1/hunter2"),
-        ("only a port", "https://:443/hunter2"),
-        (
-            "a port that is too large",
-            "https://localhost:65536/hunter2",
-        ),
-        ("a port that is no number", "https://localhost:http/hunter2"),
-        ("port 0", "https://localhost:0/hunter2"),
-        ("a space", "https://localhost/v1/hunter2 responses"),
-        ("a newline", "https://localhost/v1/hunter2\r\nX-Header: 1"),
-        ("an address that is cut short", "https://[::1/hunter2"),
-    ];
-    for (name, url) in cases {
-        let run = Launch::new().args(["--upstream-url", url]).finish();
-        assert_one_sentence(name, 1, &run, &["--upstream-url"]);
-        assert!(!run.stderr[0].contains("hunter2"), "{name}: {run:?}");
+    // The module that takes them apart has many more.
+    for url in [
+        "",
+        "http://127.0.0.1.hunter2.example/",
+        "http://0.0.0.0/hunter2",
+        "http://localhost:80@hunter2.example/",
+        "https://user:hunter2@localhost/v1/responses",
+        "https://localhost:http/hunter2",
+        "https://localhost/v1/hunter2\r\nX-Header: 1",
+        "https://[::1/hunter2",
+    ] {
+        let launch = Launch::before_the_key().url(url);
+        let line = launch.assert_one_sentence(url, 1, &["--upstream-url"]);
+        assert!(!line.contains("hunter2"), "{url}: {line}");
     }
 }
 
 #[test]
 fn an_unusable_ca_file_is_one_sentence_that_names_it() {
     let folder = Folder::new();
-    let file = |name: &str, content: &[u8]| {
-        fs::write(folder.join(name), content).unwrap();
-        folder.join(name)
+    let pem = |what: &str, inside: &str| {
+        format!("-----BEGIN {what}-----\n{inside}\n-----END {what}-----\n").into_bytes()
     };
-    let begin = "-----BEGIN CERTIFICATE-----";
-    let end = "-----END CERTIFICATE-----";
     let cases = [
-        ("no such file", folder.join("none.pem")),
-        ("a folder", folder.path().to_owned()),
-        ("an empty file", file("empty.pem", b"")),
-        ("no PEM", file("text.pem", b"this is no certificate\n")),
-        (
-            "not even text",
-            file("binary.pem", &[0xff, 0, 0xfe, 0x30, 0x82]),
-        ),
-        (
-            "PEM that is cut short",
-            file("cut.pem", format!("{begin}\nMIIB").as_bytes()),
-        ),
-        (
-            "PEM that is not base64",
-            file("bytes.pem", format!("{begin}\n!!!!\n{end}\n").as_bytes()),
-        ),
-        (
-            "PEM that holds no certificate",
-            file(
-                "none-in.pem",
-                format!("{begin}\naGVsbG8=\n{end}\n").as_bytes(),
-            ),
-        ),
-        (
-            "a key",
-            file(
-                "key.pem",
-                b"-----BEGIN PRIVATE KEY-----\naGVsbG8=\n-----END PRIVATE KEY-----\n",
-            ),
-        ),
+        ("empty", Vec::new()),
+        ("text", b"this is no certificate\n".into()),
+        ("no text", vec![0xff, 0, 0xfe, 0x30, 0x82]),
+        ("cut short", b"-----BEGIN CERTIFICATE-----\nMIIB".into()),
+        ("no base64", pem("CERTIFICATE", "!!!!")),
+        ("no certificate", pem("CERTIFICATE", "aGVsbG8=")),
+        ("a key", pem("PRIVATE KEY", "aGVsbG8=")),
     ];
-    for (name, path) in cases {
-        let run = Launch::new().arg("--upstream-ca").arg(&path).finish();
-        assert_one_sentence(name, 1, &run, &[path.to_str().unwrap()]);
+    for (name, content) in &cases {
+        fs::write(folder.join(name), content).unwrap();
+    }
+    let files = cases.map(|(name, _)| folder.join(name)).into_iter();
+    for path in files.chain([folder.join("none"), folder.to_owned()]) {
+        let launch = Launch::before_the_key().arg("--upstream-ca").arg(&path);
+        let path = path.to_str().unwrap();
+        launch.assert_one_sentence(path, 1, &[path]);
     }
 }
 
@@ -158,62 +85,77 @@ fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
     let folder = Folder::new();
     fs::write(folder.join("file"), "").unwrap();
     fs::create_dir(folder.join("folder")).unwrap();
-    let cases = [
-        ("under a file", folder.join("file/info.json")),
-        ("at a folder", folder.join("folder")),
-        (
-            "where nobody can write",
-            "/proc/codex-responses-proxy/info.json".into(),
-        ),
-        ("without a name", "/".into()),
-    ];
-    for (name, path) in cases {
-        if name == "where nobody can write" && !std::path::Path::new("/proc/self").exists() {
-            skip(name, "no /proc here");
+    let nobody_can = Path::new("/proc/codex-responses-proxy/info.json");
+    let (under_a_file, at_a_folder) = (folder.join("file/info.json"), folder.join("folder"));
+    let fifo = folder.join("fifo");
+    mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+    let [null, stdout, new] = ["/dev/null", "/dev/stdout", "/dev/info.json"].map(Path::new);
+    for path in [
+        &under_a_file,
+        &at_a_folder,
+        &fifo,
+        null,
+        stdout,
+        new,
+        nobody_can,
+        Path::new("/"),
+    ] {
+        if path == nobody_can && !Path::new("/proc/self").exists() {
+            skip("a place where nobody can write", "no /proc here");
             continue;
         }
-        let run = Launch::new().arg("--server-info").arg(&path).finish();
-        assert_one_sentence(name, 1, &run, &[path.to_str().unwrap()]);
+        let launch = Launch::before_the_key().arg("--server-info").arg(path);
+        let path = path.to_str().unwrap();
+        launch.assert_one_sentence(path, 1, &[path]);
     }
-    assert_eq!(
-        fs::read_dir(folder.path()).unwrap().count(),
-        2,
-        "nothing is left behind"
-    );
+    let left = fs::read_dir(&*folder).unwrap().count();
+    assert_eq!(left, 3, "nothing is left behind");
+    assert!(fifo.metadata().unwrap().file_type().is_fifo());
+    assert!(null.metadata().unwrap().file_type().is_char_device());
 }
 
 #[test]
 fn a_port_that_is_taken_is_one_sentence_that_names_it() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    let run = Launch::new().args(["--port", &port]).finish();
-    assert_one_sentence("a taken port", 1, &run, &[&port]);
+    let launch = Launch::before_the_key().args(["--port", &port]);
+    launch.assert_one_sentence("a taken port", 1, &[&port]);
 }
 
 #[test]
 fn a_proxy_value_that_would_be_ignored_is_one_sentence_that_names_the_variable() {
-    let cases = [
-        ("HTTPS_PROXY", "socks5://hunter2:1080"),
-        ("https_proxy", "https://hunter2.example:443"),
-        ("ALL_PROXY", "ftp://hunter2"),
-        ("all_proxy", "http://"),
-        ("HTTPS_PROXY", "http://hunter2 .example"),
-        ("HTTPS_PROXY", "http://user:hunter2@"),
-        ("HTTPS_PROXY", "http://hunter2:port"),
-        ("HTTPS_PROXY", "http://hunter2:99999"),
-        ("HTTPS_PROXY", "http://hunter2:"),
-        ("ALL_PROXY", "hunter2:0"),
-    ];
-    for (variable, value) in cases {
-        let launch = Launch::new().args(["--upstream-url", "https://127.0.0.1:9/"]);
-        let run = launch.env(variable, value).finish();
-        assert_one_sentence(&format!("{variable}={value}"), 1, &run, &[variable]);
+    // The module that reads them has many more.
+    for (variable, value) in [
+        ("HTTPS_PROXY", b"socks5://hunter2:1080".as_slice()),
+        ("ALL_PROXY", b"http://user:hunter2@"),
+        ("HTTPS_PROXY", b"http://\xff"),
+    ] {
+        let launch = Launch::before_the_key().url("https://127.0.0.1:9/");
+        let launch = launch.env(variable, OsStr::from_bytes(value));
+        let line = launch.assert_one_sentence(variable, 1, &[variable]);
+        assert!(!line.contains("hunter2"), "{line}");
+    }
+}
+
+#[test]
+fn no_proxy_is_read_only_with_a_proxy_and_what_it_cannot_say_is_one_line() {
+    let upstream = Upstream::start(ok);
+    let usual = "*.local, 169.254/16, [::1], localhost:8080, localhost";
+    for proxy in ["", "http://127.0.0.1:9"] {
+        let launch = Launch::to(&upstream).env("ALL_PROXY", proxy);
+        let mut running = launch.env("NO_PROXY", usual).start();
+        assert_eq!(running.ask().status(), 200, "{proxy}");
+        running.wait_for_request("request ", &["status=200"]);
+        let named: Vec<_> = running
+            .log
+            .iter()
+            .filter(|line| line.contains("NO_PROXY"))
+            .collect();
+        assert_eq!(named.len(), usize::from(!proxy.is_empty()), "{named:?}");
         assert!(
-            !run.stderr[0].contains("hunter2"),
-            "{variable}={value}: {run:?}"
+            named.iter().all(
+                |line| line.contains(r#"["*.local", "169.254/16", "[::1]", "localhost:8080"]"#)
+            )
         );
     }
-    let not_utf8 = OsStr::from_bytes(b"http://\xff");
-    let run = Launch::new().env("HTTPS_PROXY", not_utf8).finish();
-    assert_one_sentence("a value that is not UTF-8", 1, &run, &["HTTPS_PROXY"]);
 }

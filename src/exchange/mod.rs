@@ -49,7 +49,8 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> Response<AnswerBody> {
         let (head, body) = request.into_parts();
-        client.asks(head.version, &body);
+        let version = head.version;
+        client.asks(version, &body);
         let mut upload = Upload {
             body,
             client: Rc::clone(&client),
@@ -58,7 +59,7 @@ impl Proxy {
         // hyper follows the chunks where there is a length, too: such a connection must not go on
         // (RFC 9112, section 6.1).
         let is_last = client.is_refused
-            || head.version == Version::HTTP_10
+            || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
         let mut response = match filter::decide(&head, &client, self.http_shutdown) {
             Ok(Wanted::Forward) => self.forward(&client, head, upload).await,
@@ -70,6 +71,7 @@ impl Proxy {
                 self.end_here(decision.err(), &log::uid(client.uid))
             }
         };
+        *response.version_mut() = version;
         if is_last || !client.has_sent_all.get() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
@@ -112,7 +114,6 @@ impl Proxy {
                 record.begin(head.status, tap);
                 client.link.replace(Some(link));
                 let download = Download::new(body, Rc::clone(&self.upstream), record);
-                head.version = Version::HTTP_11;
                 head.headers = headers::end_to_end(head.headers, HeaderMap::new(), &[]);
                 Response::from_parts(head, Either::Right(download))
             }

@@ -1,13 +1,8 @@
 //! A client that writes what it is told, byte for byte, and reads one answer after the other.
 
-use super::{
-    PATIENCE,
-    http::{Framing, Head, Wire},
-};
-use std::{
-    io::{self, Write},
-    net::{Shutdown, TcpStream},
-};
+use super::http::{Framing, Head, PATIENCE, Wire};
+use std::io::{self, Write};
+use std::net::{Shutdown, TcpStream};
 
 /// A connection to the proxy.
 pub(crate) struct Client {
@@ -30,10 +25,7 @@ impl Response {
     /// The message of an error made by the proxy, whose shape must be that of OpenAI's errors.
     pub(crate) fn error_message(&self) -> String {
         let content_type = self.head.get("content-type").unwrap_or_default();
-        assert!(
-            content_type.starts_with("application/json"),
-            "{content_type:?}"
-        );
+        assert!(content_type.starts_with("application/json"), "{self:?}");
         let json: serde_json::Value = serde_json::from_slice(&self.body).expect("a JSON body");
         let error = json["error"].as_object().expect("an `error` object");
         let mut names: Vec<_> = error.keys().map(String::as_str).collect();
@@ -48,26 +40,22 @@ impl Response {
 
 impl Client {
     pub(crate) fn connect(port: u16) -> Self {
-        Self::try_connect(port).unwrap()
-    }
-
-    pub(crate) fn try_connect(port: u16) -> io::Result<Self> {
-        let stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
         let wire = Wire::new(stream);
-        Ok(Self { wire, port })
+        Self { wire, port }
     }
 
     /// The socket itself.
     pub(crate) fn socket(&self) -> &TcpStream {
-        &self.wire.stream
+        self.wire.reader.get_ref()
     }
 
     /// Writes these bytes and nothing else.
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
-        self.wire.stream.write_all(bytes.as_ref())
+        self.wire.reader.get_mut().write_all(bytes.as_ref())
     }
 
     /// The head of a well-formed request with these header lines, each ended by CRLF, beside `Host`.
@@ -77,7 +65,8 @@ impl Client {
     }
 
     /// Sends a well-formed request whose body has a known length.
-    pub(crate) fn post(&mut self, headers: &str, body: &[u8]) -> io::Result<()> {
+    pub(crate) fn post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
+        let body = body.as_ref();
         let length = format!("{headers}Content-Length: {}\r\n", body.len());
         let head = self.post_head(&length);
         self.send(head)?;
@@ -86,8 +75,23 @@ impl Client {
 
     /// Sends a small well-formed request and reads the whole answer.
     pub(crate) fn ask(&mut self) -> io::Result<Response> {
-        self.post("", b"{}")?;
+        self.ask_with("", "{}")
+    }
+
+    /// Sends a well-formed request with these header lines and this body, and reads the whole answer.
+    pub(crate) fn ask_with(
+        &mut self,
+        headers: &str,
+        body: impl AsRef<[u8]>,
+    ) -> io::Result<Response> {
+        self.post(headers, body)?;
         self.response()
+    }
+
+    /// Sends this request, `GET /v1/models` for example, with no body, and reads the status of the answer.
+    pub(crate) fn status_of(&mut self, request: &str) -> io::Result<u16> {
+        self.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
+        self.response().map(|response| response.status())
     }
 
     /// The head of the next answer; its body is then read with [`Self::piece`] or [`Self::rest`].
@@ -126,11 +130,11 @@ impl Client {
     /// Tells the proxy that nothing more will be sent.
     pub(crate) fn finish_sending(&self) {
         // It fails if the proxy has already reset the connection, which is as good.
-        let _ = self.wire.stream.shutdown(Shutdown::Write);
+        let _ = self.socket().shutdown(Shutdown::Write);
     }
 
     /// Closes the connection with a reset instead of the usual end.
     pub(crate) fn reset(self) {
-        super::upstream::reset_on_close(&self.wire.stream);
+        super::upstream::reset_on_close(self.socket());
     }
 }

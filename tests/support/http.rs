@@ -1,12 +1,14 @@
 //! HTTP/1.1 as bytes: heads kept exactly as they came, bodies taken apart strictly.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
+use std::time::Duration;
+
+/// How long anything that must happen may take. Only a test that fails waits this long.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The head of a request or a response.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Head {
-    /// Exactly what came, up to and including the empty line.
-    pub(crate) raw: Vec<u8>,
     /// The first line.
     pub(crate) start: String,
     /// Names and values in order, as they came; a byte above 0x7f is the `char` of that number.
@@ -14,7 +16,7 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    fn parse(raw: Vec<u8>) -> io::Result<Self> {
+    fn parse(raw: &[u8]) -> io::Result<Self> {
         let text: String = raw.iter().map(|&byte| byte as char).collect();
         let mut lines = text.trim_end_matches("\r\n").split("\r\n");
         let start = lines.next().unwrap_or_default().to_owned();
@@ -24,17 +26,14 @@ impl Head {
                 Ok((name.to_owned(), value.trim().to_owned()))
             })
             .collect::<io::Result<_>>()?;
-        Ok(Self { raw, start, fields })
+        Ok(Self { start, fields })
     }
 
     /// Every value of a header, in order.
     pub(crate) fn all(&self, name: &str) -> Vec<&str> {
-        let of_name = |(n, _): &&(String, String)| n.eq_ignore_ascii_case(name);
-        self.fields
-            .iter()
-            .filter(of_name)
-            .map(|(_, value)| value.as_str())
-            .collect()
+        let fields = self.fields.iter();
+        let of_name = fields.filter(|(other, _)| other.eq_ignore_ascii_case(name));
+        of_name.map(|(_, value)| value.as_str()).collect()
     }
 
     /// The value of a header that must not be there twice.
@@ -44,15 +43,13 @@ impl Head {
         all.first().copied()
     }
 
-    /// Names in lower case with their values, sorted by name, repeated ones in their order.
-    pub(crate) fn sorted(&self) -> Vec<(String, String)> {
-        let mut fields: Vec<_> = self
-            .fields
-            .iter()
-            .map(|(name, value)| (name.to_ascii_lowercase(), value.clone()))
-            .collect();
+    /// `name: value` for each header, the name in lower case, sorted by name, repeated ones in their order.
+    pub(crate) fn sorted(&self) -> Vec<String> {
+        let mut fields = self.fields.clone();
+        fields.iter_mut().for_each(|f| f.0.make_ascii_lowercase());
         fields.sort_by(|a, b| a.0.cmp(&b.0));
-        fields
+        let line = |(name, value)| format!("{name}: {value}");
+        fields.into_iter().map(line).collect()
     }
 
     /// The status of a response.
@@ -82,8 +79,7 @@ pub(crate) enum Framing {
 
 /// One end of a connection, read message by message.
 pub(crate) struct Wire<S> {
-    pub(crate) stream: S,
-    unread: Vec<u8>,
+    pub(crate) reader: BufReader<S>,
     /// What is left of the body being read.
     pub(crate) body: Framing,
 }
@@ -91,76 +87,64 @@ pub(crate) struct Wire<S> {
 impl<S: Read> Wire<S> {
     pub(crate) fn new(stream: S) -> Self {
         Self {
-            stream,
-            unread: Vec::new(),
+            reader: BufReader::with_capacity(1 << 16, stream),
             body: Framing::Length(0),
-        }
-    }
-
-    /// Waits for more bytes; 0 is the end of the connection.
-    fn fill(&mut self) -> io::Result<usize> {
-        let mut piece = [0; 65536];
-        let got = self.stream.read(&mut piece)?;
-        self.unread.extend_from_slice(&piece[..got]);
-        Ok(got)
-    }
-
-    fn fill_or_broken(&mut self) -> io::Result<()> {
-        match self.fill()? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok(()),
         }
     }
 
     /// The next head, or `None` at the end of a connection that ended between messages.
     pub(crate) fn head(&mut self) -> io::Result<Option<Head>> {
-        loop {
-            if let Some(at) = find(&self.unread, b"\r\n\r\n") {
-                return Head::parse(self.take(at + 4)).map(Some);
-            }
-            if self.fill()? == 0 {
-                return match self.unread.is_empty() {
-                    true => Ok(None),
-                    false => Err(io::ErrorKind::UnexpectedEof.into()),
-                };
+        let mut raw = Vec::new();
+        while !raw.ends_with(b"\r\n\r\n") {
+            match self.reader.read_until(b'\n', &mut raw)? {
+                0 if raw.is_empty() => return Ok(None),
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => {}
             }
         }
+        Head::parse(&raw).map(Some)
     }
 
     /// The next piece of the body: a whole chunk, or what has come; `None` after its proper end.
     pub(crate) fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
-        match self.body {
-            Framing::Length(0) => Ok(None),
-            Framing::Length(left) => {
-                if self.unread.is_empty() {
-                    self.fill_or_broken()?;
-                }
-                let now = self.unread.len().min(usize::try_from(left).unwrap());
-                self.body = Framing::Length(left - now as u64);
-                Ok(Some(self.take(now)))
-            }
-            Framing::UntilClose => match self.unread.is_empty() && self.fill()? == 0 {
-                true => Ok(None),
-                false => Ok(Some(std::mem::take(&mut self.unread))),
-            },
-            Framing::Chunked => {
-                let line = self.line()?;
-                let size =
-                    usize::from_str_radix(&line, 16).map_err(|_| bad("chunk size", &line))?;
-                while self.unread.len() < size {
-                    self.fill_or_broken()?;
-                }
-                let chunk = self.take(size);
-                match self.line()?.as_str() {
-                    "" if size == 0 => {
-                        self.body = Framing::Length(0);
-                        Ok(None)
-                    }
-                    "" => Ok(Some(chunk)),
-                    other => Err(bad("end of a chunk", other)),
-                }
-            }
+        let most = match self.body {
+            Framing::Length(0) => return Ok(None),
+            Framing::Length(left) => left,
+            Framing::UntilClose => u64::MAX,
+            Framing::Chunked => return self.chunk(),
+        };
+        let come = self.reader.fill_buf()?;
+        let count = come.len().min(usize::try_from(most).unwrap());
+        let piece = come[..count].to_vec();
+        self.reader.consume(count);
+        match &mut self.body {
+            Framing::Length(_) if count == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Framing::Length(left) => *left -= count as u64,
+            _ if count == 0 => return Ok(None),
+            _ => {}
         }
+        Ok(Some(piece))
+    }
+
+    fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let line = self.line()?;
+        let size = usize::from_str_radix(&line, 16).map_err(|_| bad("chunk size", &line))?;
+        let mut chunk = vec![0; size];
+        self.reader.read_exact(&mut chunk)?;
+        match self.line()?.as_str() {
+            "" if size == 0 => self.body = Framing::Length(0),
+            "" => return Ok(Some(chunk)),
+            other => return Err(bad("end of a chunk", other)),
+        }
+        Ok(None)
+    }
+
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        self.reader.read_line(&mut line)?;
+        let end = line.strip_suffix("\r\n").map(str::len);
+        line.truncate(end.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(line)
     }
 
     /// The rest of the body. An error if it breaks off before its proper end.
@@ -174,46 +158,22 @@ impl<S: Read> Wire<S> {
 
     /// Everything that still comes before the connection ends, however it ends.
     pub(crate) fn until_closed(&mut self) -> io::Result<Vec<u8>> {
-        loop {
-            match self.fill() {
-                Ok(0) => return Ok(std::mem::take(&mut self.unread)),
-                Ok(_) => {}
-                Err(error) if is_closed(&error) => return Ok(std::mem::take(&mut self.unread)),
-                Err(error) => return Err(error),
-            }
+        let mut all = Vec::new();
+        match self.reader.read_to_end(&mut all) {
+            Err(error) if !is_closed(&error) => Err(error),
+            _ => Ok(all),
         }
-    }
-
-    fn line(&mut self) -> io::Result<String> {
-        loop {
-            if let Some(at) = find(&self.unread, b"\r\n") {
-                let mut line = self.take(at + 2);
-                line.truncate(at);
-                return String::from_utf8(line).map_err(|_| bad("line", "not UTF-8"));
-            }
-            self.fill_or_broken()?;
-        }
-    }
-
-    fn take(&mut self, count: usize) -> Vec<u8> {
-        let rest = self.unread.split_off(count);
-        std::mem::replace(&mut self.unread, rest)
     }
 }
 
 /// Whether an error of a read or write means that the other end is gone, rather than that nothing came in time.
 pub(crate) fn is_closed(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    let kind = error.kind();
     matches!(
-        error.kind(),
+        kind,
         BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
     )
-}
-
-/// Where `needle` begins in `hay`.
-pub(crate) fn find(hay: &[u8], needle: &[u8]) -> Option<usize> {
-    hay.windows(needle.len())
-        .position(|window| window == needle)
 }
 
 fn bad(what: &str, text: &str) -> io::Error {

@@ -1,15 +1,18 @@
 //! The real binary as a child process: started, watched, told to stop, and never left behind.
 
-use super::{PATIENCE, client::Client, upstream::Upstream};
-use std::{
-    ffi::OsStr,
-    io::{self, BufRead, BufReader, Read, Write},
-    os::unix::process::CommandExt,
-    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
-    thread,
-    time::{Duration, Instant},
-};
+use super::client::{Client, Response};
+use super::{http::PATIENCE, upstream::Upstream};
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{Pid, setsid};
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The program under test.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_codex-responses-api-proxy");
@@ -17,23 +20,10 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_codex-responses-api-proxy")
 /// The key that tests give unless they say otherwise. Long enough that no part of it turns up by chance.
 pub(crate) const KEY: &str = "sk-proj-Zq7vXw3mKp9tRb2nYc6hJd4gLf8sUa1eQi5oTx0zWVMk";
 
-/// What the environment of whoever runs the tests must not decide.
-const PROXY_VARIABLES: [&str; 8] = [
-    "HTTP_PROXY",
-    "http_proxy",
-    "HTTPS_PROXY",
-    "https_proxy",
-    "ALL_PROXY",
-    "all_proxy",
-    "NO_PROXY",
-    "no_proxy",
-];
-
 /// A command line of the proxy that is yet to be run.
 pub(crate) struct Launch {
     command: Command,
     input: Option<Vec<u8>>,
-    group: bool,
 }
 
 impl Launch {
@@ -42,28 +32,40 @@ impl Launch {
         Self::of(Command::new(PROGRAM))
     }
 
+    /// The program without arguments, and nothing on its stdin: it must not wait for a key to find what is wrong.
+    pub(crate) fn before_the_key() -> Self {
+        Self::new().input_later()
+    }
+
     /// Another program that does the same job, or the same program from another place.
     pub(crate) fn of(mut command: Command) -> Self {
-        for variable in PROXY_VARIABLES {
-            command.env_remove(variable);
+        // What the environment of whoever runs the tests must not decide.
+        for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"] {
+            command.env_remove(name);
+            command.env_remove(name.to_ascii_lowercase());
         }
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        Self {
-            command,
-            input: Some(format!("{KEY}\n").into_bytes()),
-            group: true,
-        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(Stdio::piped());
+        let input = Some(format!("{KEY}\n").into_bytes());
+        // In a session of its own: what it starts can be ended with it, and no terminal is asked for the key.
+        Self { command, input }.before_start(|| Ok(setsid().map(drop)?))
     }
 
     /// The program in front of this stand-in.
     pub(crate) fn to(upstream: &Upstream) -> Self {
-        let launch = Self::new().args(["--upstream-url", &upstream.url()]);
+        Self::new().trusting(upstream).url(&upstream.url())
+    }
+
+    /// With this upstream.
+    pub(crate) fn url(self, url: &str) -> Self {
+        self.args(["--upstream-url", url])
+    }
+
+    /// With the stand-in's authority.
+    pub(crate) fn trusting(self, upstream: &Upstream) -> Self {
         match upstream.authority() {
-            Some(file) => launch.arg("--upstream-ca").arg(file),
-            None => launch,
+            Some(file) => self.arg("--upstream-ca").arg(file),
+            None => self,
         }
     }
 
@@ -82,6 +84,12 @@ impl Launch {
         self
     }
 
+    /// Run in this folder.
+    pub(crate) fn in_folder(mut self, folder: &Path) -> Self {
+        self.command.current_dir(folder);
+        self
+    }
+
     /// What comes on stdin before it ends, instead of the usual key and a newline.
     pub(crate) fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
@@ -97,29 +105,32 @@ impl Launch {
     /// This is the program's stdin.
     pub(crate) fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
         self.command.stdin(stdin);
-        self.input = None;
-        self
+        self.input_later()
     }
 
-    /// It makes itself a session before it is the program: the leader of a group could not.
-    pub(crate) fn makes_itself_a_session(mut self) -> Self {
-        self.group = false;
+    /// Does this when the program is about to start.
+    ///
+    /// It may make system calls only, on memory that was allocated before: it runs in a fork of a process with threads.
+    pub(crate) fn before_start(
+        mut self,
+        run: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        // SAFETY: the callers keep to the above.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.command.pre_exec(run);
+        }
         self
-    }
-
-    /// The command itself, for what is only asked once.
-    pub(crate) fn command(&mut self) -> &mut Command {
-        &mut self.command
     }
 
     /// Starts the program, and waits for nothing.
-    pub(crate) fn spawn(mut self) -> Proxy {
-        if self.group {
-            // So that what it starts can be ended with it.
-            self.command.process_group(0);
-        }
-        let description = format!("{:?}", self.command);
-        let mut child = self.command.spawn().unwrap();
+    pub(crate) fn spawn(self) -> Proxy {
+        self.try_spawn().unwrap()
+    }
+
+    /// The same; an error if it can't even be started.
+    pub(crate) fn try_spawn(mut self) -> io::Result<Proxy> {
+        let mut child = self.command.spawn()?;
         let (line, lines) = mpsc::channel();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         thread::spawn(move || {
@@ -127,26 +138,18 @@ impl Launch {
                 let _ = line.send(String::from_utf8_lossy(&text).into_owned());
             }
         });
-        let (end, ended) = mpsc::channel();
-        let pid = child.id();
-        thread::spawn(move || {
-            wait_for(pid, libc::WEXITED);
-            let _ = end.send(());
-        });
         let mut stdin = child.stdin.take();
         if let Some(input) = self.input {
             // A program that refuses its input may be gone before it has read it all.
             let _ = stdin.take().unwrap().write_all(&input);
         }
-        Proxy {
+        Ok(Proxy {
             child,
-            description,
             stdin,
             port: 0,
             lines,
-            ended,
             log: Vec::new(),
-        }
+        })
     }
 
     /// Starts the program and waits until it listens.
@@ -160,20 +163,35 @@ impl Launch {
     pub(crate) fn finish(self) -> Finished {
         self.spawn().wait()
     }
+
+    /// Runs the program, which says in one sentence with these words what is wrong, and exits with this status.
+    pub(crate) fn assert_one_sentence(self, name: &str, status: i32, words: &[&str]) -> String {
+        let run = self.finish();
+        assert_eq!(run.status.code(), Some(status), "{name}: {run:?}");
+        assert_eq!(run.stdout, "", "{name}");
+        let [line] = run.stderr.as_slice() else {
+            panic!("{name}: not one line but {:#?}", run.stderr);
+        };
+        let is_ours = line.starts_with("codex-responses-api-proxy: ");
+        assert!(is_ours && !line.contains("panic"), "{name}: {line}");
+        assert!(!line.contains(KEY), "{name}: {line}");
+        for word in words {
+            assert!(line.contains(word), "{name}: {word:?} is not in {line}");
+        }
+        line.clone()
+    }
 }
 
 /// A running proxy. It is killed when the test drops it.
 pub(crate) struct Proxy {
     child: Child,
-    /// Its command line and environment, for a test that fails.
-    description: String,
     /// The writing end of its stdin, if the test holds it.
     pub(crate) stdin: Option<ChildStdin>,
     /// Where it listens on 127.0.0.1, once it does.
     pub(crate) port: u16,
+    /// The lines of its stderr, until it ends.
     lines: Receiver<String>,
-    ended: Receiver<()>,
-    /// The lines of its stderr that have been looked at.
+    /// Those of them that have been looked at.
     pub(crate) log: Vec<String>,
 }
 
@@ -187,8 +205,18 @@ pub(crate) struct Finished {
 }
 
 impl Proxy {
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// A new connection to it.
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(self.port)
+    }
+
+    /// The answer to a small well-formed request on a connection of its own.
+    pub(crate) fn ask(&self) -> Response {
+        self.client().ask().unwrap()
     }
 
     /// Waits for the line that says where it listens.
@@ -199,14 +227,13 @@ impl Proxy {
     }
 
     /// Waits for a line on stderr like this one.
-    pub(crate) fn wait_for_line(&mut self, mut like: impl FnMut(&str) -> bool) -> String {
+    pub(crate) fn wait_for_line(&mut self, like: impl Fn(&str) -> bool) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line = self
-                .lines
-                .recv_timeout(left)
-                .unwrap_or_else(|error| panic!("{error} waiting for a line after {:#?}", self.log));
+            let line = self.lines.recv_timeout(left);
+            let line =
+                line.unwrap_or_else(|error| panic!("{error} for a line after {:#?}", self.log));
             self.log.push(line.clone());
             if like(&line) {
                 return line;
@@ -214,32 +241,34 @@ impl Proxy {
         }
     }
 
-    pub(crate) fn signal(&self, signal: libc::c_int) {
-        // SAFETY: `kill` takes any numbers; the process is our child and not reaped yet, so the id is its.
-        #[allow(unsafe_code)]
-        let result = unsafe { libc::kill(self.child.id().cast_signed(), signal) };
-        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    /// Waits for the line of the next request, and makes sure that it is about one like this and not the key.
+    pub(crate) fn wait_for_request(&mut self, beginning: &str, words: &[&str]) -> String {
+        let line =
+            self.wait_for_line(|line| line.starts_with("request ") || line.starts_with("refused "));
+        assert!(line.starts_with(beginning) && !line.contains(KEY), "{line}");
+        for word in words {
+            assert!(line.contains(word), "{word:?} is not in {line}");
+        }
+        line
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
     }
 
     /// Asks for the end: by `SIGTERM` or `SIGINT`, or else over HTTP.
     pub(crate) fn ask_to_stop(&self, way: &str) {
         match way {
-            "SIGTERM" => self.signal(libc::SIGTERM),
-            "SIGINT" => self.signal(libc::SIGINT),
-            _ => {
-                let mut client = Client::connect(self.port);
-                client
-                    .send("GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                    .unwrap();
-                assert_eq!(client.response().unwrap().status(), 200);
-            }
+            "SIGTERM" => self.signal(Signal::SIGTERM),
+            "SIGINT" => self.signal(Signal::SIGINT),
+            _ => assert_eq!(self.client().status_of(way).unwrap(), 200),
         }
     }
 
-    /// Stops it in its tracks, all of its threads, until it is killed.
+    /// Stops it in its tracks, all of its threads, until it is killed or goes on.
     pub(crate) fn freeze(&self) {
-        self.signal(libc::SIGSTOP);
-        wait_for(self.pid(), libc::WSTOPPED | libc::WEXITED);
+        self.signal(Signal::SIGSTOP);
+        waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
     }
 
     /// Whether it is still running.
@@ -249,38 +278,35 @@ impl Proxy {
 
     /// Asks it to stop, and waits until it has.
     pub(crate) fn stop(self) -> Finished {
-        self.signal(libc::SIGTERM);
+        self.signal(Signal::SIGTERM);
         self.wait()
     }
 
-    /// Waits for its end, but not longer than this; whether it has ended.
-    pub(crate) fn ends_within(&self, patience: Duration) -> bool {
-        self.ended.recv_timeout(patience).is_ok()
+    /// Waits until it has ended by itself.
+    pub(crate) fn wait(self) -> Finished {
+        self.wait_for(PATIENCE)
     }
 
-    /// Waits until it has ended by itself.
-    pub(crate) fn wait(mut self) -> Finished {
-        // Told once; after that, nobody is there to tell.
-        if self.ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            self.log.extend(self.lines.try_iter());
-            panic!("{} is still running: {:#?}", self.description, self.log);
+    /// Waits until it has ended by itself, but not longer than this.
+    pub(crate) fn wait_for(mut self, patience: Duration) -> Finished {
+        let deadline = Instant::now() + patience;
+        // Its stderr ends with it.
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => self.log.push(line),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(_) => panic!("still running: {:#?}", self.log),
+            }
         }
         let status = self.child.wait().unwrap();
         let mut stdout = String::new();
         let mut pipe = self.child.stdout.take().unwrap();
         pipe.read_to_string(&mut stdout).unwrap();
-        let mut stderr = std::mem::take(&mut self.log);
-        loop {
-            match self.lines.recv_timeout(PATIENCE) {
-                Ok(line) => stderr.push(line),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => panic!("stderr is still open after the end"),
-            }
-        }
         Finished {
             status,
             stdout,
-            stderr,
+            stderr: std::mem::take(&mut self.log),
         }
     }
 }
@@ -288,49 +314,9 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         // Its group first, for what it may have started; the id is a group's only while our child is not reaped.
-        if let Ok(None) = self.child.try_wait() {
-            // SAFETY: `killpg` takes any numbers, and the group is the one made for this child.
-            #[allow(unsafe_code)]
-            unsafe {
-                libc::killpg(self.child.id().cast_signed(), libc::SIGKILL);
-            }
+        if self.is_running() {
+            let _ = killpg(self.pid(), Signal::SIGKILL);
             let _ = self.child.wait();
         }
     }
-}
-
-/// Blocks until this has happened to a child, and leaves the child as it is.
-fn wait_for(pid: u32, what: libc::c_int) {
-    loop {
-        // SAFETY: an all-zero `siginfo_t` is a valid one, and the call only fills it in.
-        #[allow(unsafe_code)]
-        let result = unsafe {
-            let mut info: libc::siginfo_t = std::mem::zeroed();
-            libc::waitid(libc::P_PID, pid, &mut info, what | libc::WNOWAIT)
-        };
-        // Interrupted: once more. Anything else, such as a child already reaped by the guard, is an end too.
-        if result == 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-            return;
-        }
-    }
-}
-
-/// The program says in one sentence that contains these words what is wrong, and exits with this status.
-pub(crate) fn assert_one_sentence(name: &str, status: i32, run: &Finished, words: &[&str]) {
-    assert_eq!(run.status.code(), Some(status), "{name}: {run:?}");
-    assert_eq!(run.stdout, "", "{name}");
-    let [line] = run.stderr.as_slice() else {
-        panic!("{name}: not one line but {:#?}", run.stderr);
-    };
-    assert!(
-        line.starts_with("codex-responses-api-proxy: "),
-        "{name}: {line}"
-    );
-    for word in words {
-        assert!(line.contains(word), "{name}: {word:?} is not in {line}");
-    }
-    assert!(
-        !line.contains(KEY) && !line.contains("panic"),
-        "{name}: {line}"
-    );
 }

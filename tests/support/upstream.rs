@@ -1,27 +1,22 @@
 //! A stand-in for the Responses API: plain threads, blocking rustls, and a record of what came exactly as it came.
 
-use super::{
-    Folder, PATIENCE,
-    http::{Framing, Head, Wire, is_closed},
-};
+use super::http::{Framing, Head, PATIENCE, Wire, is_closed};
+use nix::libc::linger;
+use nix::sys::socket::{setsockopt, sockopt::Linger};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::{
-    ServerConfig, ServerConnection, StreamOwned,
-    crypto::aws_lc_rs,
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
-};
-use std::{
-    fs,
-    io::{self, Read, Write},
-    net::{TcpListener, TcpStream},
-    os::fd::AsRawFd,
-    path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    thread::{self, JoinHandle},
-};
+use rustls::{ServerConfig, ServerConnection, StreamOwned, crypto::aws_lc_rs};
+use serde_json::{Value, json};
+use std::fs::{self, Permissions};
+use std::io::{self, BufRead, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::Deref;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// What the stand-in does with a request. An error ends the connection.
 pub(crate) trait Script:
@@ -33,11 +28,76 @@ impl<T: Fn(&mut Exchange<'_>) -> io::Result<()> + Send + Sync + 'static> Script 
 /// Answers every request, once it has come whole, with 200 and a small JSON body.
 pub(crate) fn ok(exchange: &mut Exchange<'_>) -> io::Result<()> {
     exchange.body()?;
-    exchange.answer(
-        "200 OK",
-        "Content-Type: application/json\r\n",
-        b"{\"ok\":true}",
-    )
+    let json = "Content-Type: application/json\r\n";
+    exchange.answer("200 OK", json, b"{\"ok\":true}")
+}
+
+/// Answers every request with its own body.
+pub(crate) fn echo(exchange: &mut Exchange<'_>) -> io::Result<()> {
+    let body = exchange.body()?.to_vec();
+    exchange.answer("200 OK", "", &body)
+}
+
+/// The events of an answer with these words, as the Responses API sends them and Codex wants to see them.
+pub(crate) fn events(words: &[&str]) -> Vec<String> {
+    let message = |content| json!({ "type": "message", "id": "msg_1", "role": "assistant", "content": content });
+    let text = json!([{ "type": "output_text", "text": words.concat(), "annotations": [] }]);
+    let usage = json!({ "input_tokens": 1, "output_tokens": 1, "total_tokens": 2 });
+    let mut events = vec![
+        json!({ "type": "response.created", "response": { "id": "resp_1" } }),
+        json!({ "type": "response.output_item.added", "output_index": 0, "item": message(json!([])) }),
+    ];
+    events.extend(words.iter().map(|word| json!({
+        "type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": word,
+    })));
+    events.extend([
+        json!({ "type": "response.output_item.done", "output_index": 0, "item": message(text) }),
+        json!({ "type": "response.completed", "response": { "id": "resp_1", "usage": usage } }),
+    ]);
+    let name = |event: &Value| event["type"].as_str().unwrap().to_owned();
+    let line = |event: Value| format!("event: {}\ndata: {event}\n\n", name(&event));
+    events.into_iter().map(line).collect()
+}
+
+/// Something that a script and a test tell each other, and wait for.
+pub(crate) struct Told<T>(Mutex<Receiver<T>>);
+
+/// Both ends of it.
+pub(crate) fn telling<T>() -> (Sender<T>, Told<T>) {
+    let (tell, told) = channel();
+    (tell, Told(Mutex::new(told)))
+}
+
+impl<T> Told<T> {
+    /// Waits until it is told, or for long enough.
+    pub(crate) fn wait(&self) -> io::Result<T> {
+        self.within(PATIENCE)
+    }
+
+    /// Waits until it is told, but not longer than this.
+    pub(crate) fn within(&self, time: Duration) -> io::Result<T> {
+        let told = self.0.lock().unwrap().recv_timeout(time);
+        told.map_err(io::Error::other)
+    }
+}
+
+/// A folder of the test's own that is removed with it. Everyone may enter it.
+pub(crate) struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        let open = Permissions::from_mode(0o755);
+        let folder = tempfile::Builder::new().permissions(open).tempdir();
+        Self(folder.unwrap())
+    }
+}
+
+impl Deref for Folder {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        self.0.path()
+    }
 }
 
 /// A request that reached the stand-in.
@@ -56,7 +116,6 @@ pub(crate) struct Seen {
 /// The stand-in. It serves until it is closed or the test ends.
 pub(crate) struct Upstream {
     pub(crate) port: u16,
-    scheme: &'static str,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<Vec<JoinHandle<()>>>>,
     folder: Folder,
@@ -83,22 +142,16 @@ impl Upstream {
         script: impl Script,
     ) -> Self {
         let folder = Folder::new();
-        let identity = Identity::new(names, change);
-        fs::write(folder.join("ca.pem"), &identity.authority).unwrap();
-        Self::launch("https", Some(identity.config), folder, script)
+        let config = identity(names, change, &folder.join("ca.pem"));
+        Self::launch(Some(Arc::new(config)), folder, script)
     }
 
     /// Serves without TLS.
     pub(crate) fn plain(script: impl Script) -> Self {
-        Self::launch("http", None, Folder::new(), script)
+        Self::launch(None, Folder::new(), script)
     }
 
-    fn launch(
-        scheme: &'static str,
-        tls: Option<Arc<ServerConfig>>,
-        folder: Folder,
-        script: impl Script,
-    ) -> Self {
+    fn launch(tls: Option<Arc<ServerConfig>>, folder: Folder, script: impl Script) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
@@ -108,27 +161,24 @@ impl Upstream {
             connections: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
         });
-        let acceptor = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                let mut threads = Vec::new();
-                for stream in listener.incoming() {
-                    if shared.closing.load(Ordering::SeqCst) {
-                        break;
-                    }
-                    let number = shared.connections.fetch_add(1, Ordering::SeqCst);
-                    let shared = shared.clone();
-                    threads.push(thread::spawn(move || {
-                        // A peer that is gone ends a connection; what that means is for the test to say.
-                        let _ = shared.serve(number, stream.unwrap());
-                    }));
+        let of_acceptor = shared.clone();
+        let acceptor = thread::spawn(move || {
+            let mut threads = Vec::new();
+            for stream in listener.incoming() {
+                if of_acceptor.closing.load(Ordering::SeqCst) {
+                    break;
                 }
-                threads
+                let number = of_acceptor.connections.fetch_add(1, Ordering::SeqCst);
+                let shared = of_acceptor.clone();
+                threads.push(thread::spawn(move || {
+                    // A peer that is gone ends a connection; what that means is for the test to say.
+                    let _ = shared.serve(number, stream.unwrap());
+                }));
             }
+            threads
         });
         Self {
             port,
-            scheme,
             shared,
             acceptor: Some(acceptor),
             folder,
@@ -136,7 +186,8 @@ impl Upstream {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("{}://localhost:{}/v1/responses", self.scheme, self.port)
+        let scheme = self.shared.tls.as_ref().map_or("http", |_| "https");
+        format!("{scheme}://localhost:{}/v1/responses", self.port)
     }
 
     /// The file with the authority that signed the stand-in's certificate, if it has one.
@@ -156,9 +207,8 @@ impl Upstream {
 
     /// The one request that came.
     pub(crate) fn only(&self) -> Seen {
-        let seen = self.seen();
-        assert_eq!(seen.len(), 1, "{seen:?}");
-        seen.into_iter().next().unwrap()
+        let [only] = self.seen().try_into().expect("one request");
+        only
     }
 
     /// Waits until every connection has ended, which the proxy's end makes sure of, and tells all that came.
@@ -179,60 +229,60 @@ impl Shared {
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        let mut wire = Wire::new(match &self.tls {
-            None => Transport::Plain(socket),
+        let transport: Box<dyn Transport> = match &self.tls {
+            None => Box::new(socket.try_clone()?),
             Some(config) => {
                 let session = ServerConnection::new(config.clone()).map_err(io::Error::other)?;
-                Transport::Tls(Box::new(StreamOwned::new(session, socket)))
+                Box::new(StreamOwned::new(session, socket.try_clone()?))
             }
-        });
+        };
+        let mut wire = Wire::new(transport);
         while let Some(head) = wire.head()? {
             wire.body = head.framing(Framing::Length(0));
-            let framing = wire.body;
-            let mut exchange = Exchange {
+            let seen = Seen {
                 connection,
+                framing: wire.body,
                 head,
-                framing,
-                read: Vec::new(),
+                body: Vec::new(),
                 complete: false,
-                last: false,
+            };
+            let mut exchange = Exchange {
+                seen,
                 recorded: false,
                 wire: &mut wire,
+                socket: &socket,
                 shared: self,
             };
             let result = (self.script)(&mut exchange);
             exchange.record();
-            let last = exchange.last;
             result?;
-            if last {
-                break;
-            }
         }
-        wire.stream.end()
+        wire.reader.get_mut().end()
     }
 }
 
 /// A request being served.
 pub(crate) struct Exchange<'a> {
-    /// Which of the connections it came over, counted from 0.
-    pub(crate) connection: usize,
-    pub(crate) head: Head,
-    framing: Framing,
-    read: Vec<u8>,
-    complete: bool,
-    last: bool,
+    /// What has come of it.
+    pub(crate) seen: Seen,
     recorded: bool,
-    wire: &'a mut Wire<Transport>,
+    wire: &'a mut Wire<Box<dyn Transport>>,
+    socket: &'a TcpStream,
     shared: &'a Shared,
 }
 
 impl Exchange<'_> {
+    /// The value of a header, or nothing.
+    pub(crate) fn header(&self, name: &str) -> String {
+        self.seen.head.get(name).unwrap_or_default().to_owned()
+    }
+
     /// The next piece of the request's body.
     pub(crate) fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
         let piece = self.wire.piece()?;
         match &piece {
-            Some(piece) => self.read.extend_from_slice(piece),
-            None => self.complete = true,
+            Some(piece) => self.seen.body.extend_from_slice(piece),
+            None => self.seen.complete = true,
         }
         Ok(piece)
     }
@@ -242,13 +292,14 @@ impl Exchange<'_> {
         while self.piece()?.is_some() {}
         // From here on the test may look: it often learns from the answer that the request has come.
         self.record();
-        Ok(&self.read)
+        Ok(&self.seen.body)
     }
 
     /// Writes these bytes and nothing else.
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
-        self.wire.stream.write_all(bytes.as_ref())?;
-        self.wire.stream.flush()
+        let stream = self.wire.reader.get_mut();
+        stream.write_all(bytes.as_ref())?;
+        stream.flush()
     }
 
     /// Answers with a body of known length.
@@ -266,40 +317,40 @@ impl Exchange<'_> {
     }
 
     /// Sends a chunk; an empty one ends the answer.
-    pub(crate) fn chunk(&mut self, data: &str) -> io::Result<()> {
-        self.send(format!("{:x}\r\n{data}\r\n", data.len()))
+    pub(crate) fn chunk(&mut self, data: impl AsRef<[u8]>) -> io::Result<()> {
+        let data = data.as_ref();
+        self.send([format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat())
     }
 
-    /// Closes the connection properly once the script has ended.
-    pub(crate) fn close_after(&mut self) {
-        self.last = true;
+    /// Answers with these events.
+    pub(crate) fn answer_events(&mut self, events: &[impl AsRef<[u8]>]) -> io::Result<()> {
+        self.begin_events()?;
+        events.iter().try_for_each(|event| self.chunk(event))?;
+        self.chunk("")
     }
 
     /// Closes the connection now, properly.
     pub(crate) fn close(&mut self) -> io::Result<()> {
-        self.wire.stream.end()?;
+        self.wire.reader.get_mut().end()?;
         self.cut()
     }
 
     /// Closes the connection now, without TLS's notice that it is the end.
     pub(crate) fn cut(&mut self) -> io::Result<()> {
-        self.wire
-            .stream
-            .socket()
-            .shutdown(std::net::Shutdown::Both)?;
+        self.socket.shutdown(Shutdown::Both)?;
         Err(io::ErrorKind::ConnectionAborted.into())
     }
 
     /// Resets the connection.
     pub(crate) fn reset(&mut self) -> io::Result<()> {
-        reset_on_close(self.wire.stream.socket());
+        reset_on_close(self.socket);
         Err(io::ErrorKind::ConnectionReset.into())
     }
 
     /// Waits until the proxy has closed this connection; an error if it sends anything instead, or nothing at all.
     pub(crate) fn wait_until_left(&mut self) -> io::Result<()> {
-        match self.wire.stream.read(&mut [0; 1]) {
-            Ok(0) => Ok(()),
+        match self.wire.reader.fill_buf() {
+            Ok([]) => Ok(()),
             Ok(_) => Err(io::Error::other("the proxy sent more")),
             Err(error) if is_closed(&error) => Ok(()),
             Err(error) => Err(error),
@@ -308,114 +359,58 @@ impl Exchange<'_> {
 
     fn record(&mut self) {
         if !std::mem::replace(&mut self.recorded, true) {
-            self.shared.seen.lock().unwrap().push(Seen {
-                connection: self.connection,
-                head: self.head.clone(),
-                framing: self.framing,
-                body: self.read.clone(),
-                complete: self.complete,
-            });
+            self.shared.seen.lock().unwrap().push(self.seen.clone());
         }
     }
 }
 
 /// A connection, with or without TLS.
-enum Transport {
-    Tls(Box<StreamOwned<ServerConnection, TcpStream>>),
-    Plain(TcpStream),
-}
-
-impl Transport {
-    fn socket(&self) -> &TcpStream {
-        match self {
-            Self::Tls(stream) => &stream.sock,
-            Self::Plain(socket) => socket,
-        }
-    }
-
+trait Transport: Read + Write {
     /// Says that this is the end.
+    fn end(&mut self) -> io::Result<()>;
+}
+
+impl Transport for TcpStream {
     fn end(&mut self) -> io::Result<()> {
-        match self {
-            Self::Tls(stream) => {
-                stream.conn.send_close_notify();
-                stream.flush()
-            }
-            Self::Plain(_) => Ok(()),
-        }
+        Ok(())
     }
 }
 
-impl Read for Transport {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tls(stream) => stream.read(buffer),
-            Self::Plain(socket) => socket.read(buffer),
-        }
+impl Transport for StreamOwned<ServerConnection, TcpStream> {
+    fn end(&mut self) -> io::Result<()> {
+        self.conn.send_close_notify();
+        self.flush()
     }
 }
 
-impl Write for Transport {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tls(stream) => stream.write(bytes),
-            Self::Plain(socket) => socket.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Tls(stream) => stream.flush(),
-            Self::Plain(socket) => socket.flush(),
-        }
-    }
-}
-
-/// A certificate with its key, and the authority that signed it.
-struct Identity {
-    authority: String,
-    config: Arc<ServerConfig>,
-}
-
-impl Identity {
-    fn new(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Self {
-        let mut params = CertificateParams::new([]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-        let mut params = CertificateParams::new(names).unwrap();
-        change(&mut params);
-        let certificate = params.signed_by(&key, &authority).unwrap();
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate.der().clone()], key)
-            .unwrap();
-        Self {
-            authority: authority.pem(),
-            config: Arc::new(config),
-        }
-    }
+/// A certificate with its key, and its authority in a file.
+fn identity(
+    names: &[&str],
+    change: impl FnOnce(&mut CertificateParams),
+    authority_file: &Path,
+) -> ServerConfig {
+    let mut params = CertificateParams::new([]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    fs::write(authority_file, authority.pem()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+    let mut params = CertificateParams::new(names).unwrap();
+    change(&mut params);
+    let certificate = params.signed_by(&key, &authority).unwrap();
+    ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key.into())
+        .unwrap()
 }
 
 /// Makes the close of this socket a reset.
 pub(crate) fn reset_on_close(socket: &TcpStream) {
-    let linger = libc::linger {
+    let at_once = linger {
         l_onoff: 1,
         l_linger: 0,
     };
-    // SAFETY: the descriptor is open for as long as `socket` is borrowed, and `linger` is what this option takes.
-    #[allow(unsafe_code)]
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_LINGER,
-            (&raw const linger).cast(),
-            size_of::<libc::linger>() as libc::socklen_t,
-        )
-    };
-    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    setsockopt(socket, Linger, &at_once).unwrap();
 }
