@@ -58,6 +58,23 @@ fn what_was_waiting_at_the_start_is_served_and_a_restart_loses_nothing() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_socket_that_accepts_no_more_is_no_reason_to_spin() {
+    use nix::sys::socket::{Shutdown, shutdown};
+    let upstream = Upstream::start(ok);
+    let (socket, _) = listening();
+    let mut proxy = activated(&upstream, &[socket]).start();
+    let mut client = proxy.client();
+    assert_eq!(client.ask().unwrap().status(), 200);
+    shutdown(socket, Shutdown::Both).unwrap();
+    proxy.wait_for_line(|line| line.contains("cannot accept"));
+    assert_sleeps(&proxy);
+    assert_eq!(client.ask().unwrap().status(), 200, "who is in stays");
+    let run = proxy.stop();
+    assert_eq!(run.status.code(), Some(0), "{run:?}");
+}
+
 #[test]
 fn systemd_is_told_of_the_beginning_and_of_the_end() {
     let upstream = Upstream::start(ok);

@@ -133,7 +133,7 @@ const BREAKS: [(&str, &str, Fault); 10] = [
 #[test]
 fn an_upstream_that_breaks_off_breaks_the_answer_off() {
     let (tell, told) = telling();
-    let (_upstream, proxy) = serve(move |exchange| {
+    let (_upstream, mut proxy) = serve(move |exchange| {
         let Some(number) = fault_of(exchange)? else {
             return ok(exchange);
         };
@@ -174,6 +174,7 @@ fn an_upstream_that_breaks_off_breaks_the_answer_off() {
                 _ => client.response().map(drop).expect_err(&name),
             };
             assert!(is_closed(&end), "{name}: {end}");
+            proxy.wait_for_line(|line| line.contains("error=\"answer broken off: "));
             assert_eq!(proxy.ask().status(), 200, "{name}: the next request");
         }
     }

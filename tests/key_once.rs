@@ -180,6 +180,24 @@ fn after_10_000_requests_the_key_is_in_one_locked_page_and_nowhere_else() {
 }
 
 #[test]
+fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
+    if !is_root_for("reading all of the proxy's memory") {
+        return;
+    }
+    for length in [20, 100, 132, 300, 520, 1000, 1017] {
+        // No two lengths have the same parts, and no part comes twice.
+        let key: String = (0..length)
+            .map(|n| char::from(b'a' + (n * n % 251 % 26) as u8))
+            .collect();
+        let launch = Launch::new().input(&*key).env("OPENAI_API_KEY", &key);
+        let proxy = launch.env("ANOTHER", format!("{key}{key}")).start();
+        proxy.freeze();
+        let places = Memory::read(&proxy).find(key.as_bytes()).len();
+        assert_eq!(places, 1, "{length} bytes");
+    }
+}
+
+#[test]
 fn neither_dumps_nor_an_upstream_without_tls_leave_it_anywhere_else() {
     let folder = Folder::new();
     assert_once(Upstream::start, 14, |launch| {

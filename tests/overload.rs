@@ -48,12 +48,7 @@ fn idle_clients_and_half_sent_heads_keep_nobody_waiting() {
 fn assert_waits_quietly(proxy: &mut Proxy, room: impl FnOnce()) {
     let mut waiting = proxy.client();
     waiting.post("", "{}").unwrap();
-    let process = process(proxy);
-    wait_until("it has nothing to do", || sleeps(&process));
-    // If it tried again and again, it would hardly ever be found asleep.
-    const LOOKS: usize = 2_000;
-    let asleep = (0..LOOKS).filter(|_| sleeps(&process)).count();
-    assert!(asleep > LOOKS * 9 / 10, "asleep {asleep} times of {LOOKS}");
+    assert_sleeps(proxy);
     waiting.socket().set_nonblocking(true).unwrap();
     let held_back = waiting.socket().peek(&mut [0]).unwrap_err();
     assert_eq!(held_back.kind(), ErrorKind::WouldBlock);

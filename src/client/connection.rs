@@ -13,7 +13,7 @@ use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, copy, sink};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep, timeout};
 
@@ -45,7 +45,8 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
         Ok(()) if client.has_sent_all.get() => {}
         Err(error) if !error.is_parse() => {}
         _ => {
-            // What hyper has written is followed by a FIN already.
+            // Where hyper had nothing to say, it leaves that to us, too.
+            let _ = stream.shutdown().await;
             let limit = match proxy.stop.has_begun() {
                 true => LAST_REQUEST_GRACE,
                 false => LINGER_TIMEOUT,
@@ -103,7 +104,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
 mod tests {
     use std::future::pending;
 
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, duplex};
     use tokio::time::Instant;
 
     use super::*;

@@ -38,6 +38,15 @@ pub(crate) fn sleeps(process: &Process) -> bool {
     process.stat().unwrap().state().unwrap() == ProcState::Sleeping
 }
 
+/// Waits until it has nothing to do, and then finds it asleep nearly always: it doesn't try again and again.
+pub(crate) fn assert_sleeps(proxy: &Proxy) {
+    const LOOKS: usize = 2_000;
+    let process = process(proxy);
+    wait_until("it has nothing to do", || sleeps(&process));
+    let asleep = (0..LOOKS).filter(|_| sleeps(&process)).count();
+    assert!(asleep > LOOKS * 9 / 10, "asleep {asleep} times of {LOOKS}");
+}
+
 /// Waits until nothing moves: neither this number nor the proxy, however often one looks.
 pub(crate) fn wait_until_still(proxy: &Proxy, number: impl Fn() -> u64) {
     let process = process(proxy);

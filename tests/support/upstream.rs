@@ -4,7 +4,8 @@ use super::http::{Framing, Head, PATIENCE, Wire, is_closed};
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt::Linger};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::{ServerConfig, ServerConnection, StreamOwned, crypto::aws_lc_rs};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::{ALL_VERSIONS, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
 use serde_json::{Value, json};
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead, Read, Write};
@@ -143,6 +144,18 @@ impl Upstream {
     ) -> Self {
         let folder = Folder::new();
         let config = identity(names, change, &folder.join("ca.pem"));
+        Self::launch(Some(Arc::new(config)), folder, script)
+    }
+
+    /// Serves over TLS of this version alone, by this provider.
+    pub(crate) fn with_tls(
+        provider: CryptoProvider,
+        version: &'static SupportedProtocolVersion,
+        script: impl Script,
+    ) -> Self {
+        let folder = Folder::new();
+        let file = folder.join("ca.pem");
+        let config = identity_by(provider, &[version], &["localhost"], |_| {}, &file);
         Self::launch(Some(Arc::new(config)), folder, script)
     }
 
@@ -389,6 +402,17 @@ fn identity(
     change: impl FnOnce(&mut CertificateParams),
     authority_file: &Path,
 ) -> ServerConfig {
+    let provider = aws_lc_rs::default_provider();
+    identity_by(provider, ALL_VERSIONS, names, change, authority_file)
+}
+
+fn identity_by(
+    provider: CryptoProvider,
+    versions: &[&'static SupportedProtocolVersion],
+    names: &[&str],
+    change: impl FnOnce(&mut CertificateParams),
+    authority_file: &Path,
+) -> ServerConfig {
     let mut params = CertificateParams::new([]).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -398,8 +422,8 @@ fn identity(
     let mut params = CertificateParams::new(names).unwrap();
     change(&mut params);
     let certificate = params.signed_by(&key, &authority).unwrap();
-    ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
+    ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(versions)
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der().clone()], key.into())

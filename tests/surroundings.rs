@@ -1,0 +1,150 @@
+//! Odd surroundings and hostile neighbours: a log that nobody reads, a listening socket that is broken, names and
+//! addresses that are not what they seem, and what an upstream's TLS may be.
+
+mod support;
+
+use rustls::crypto::aws_lc_rs::{self, kx_group::X25519MLKEM768};
+use rustls::version::{TLS12, TLS13};
+use support::*;
+
+#[test]
+fn an_upstream_of_tls_1_2_and_one_of_hybrid_key_exchange_alone_are_served() {
+    let mut hybrid = aws_lc_rs::default_provider();
+    hybrid.kx_groups = vec![X25519MLKEM768];
+    for (provider, version) in [(aws_lc_rs::default_provider(), &TLS12), (hybrid, &TLS13)] {
+        let upstream = Upstream::with_tls(provider, version, ok);
+        let proxy = Launch::to(&upstream).start();
+        assert_eq!(proxy.ask().status(), 200, "{version:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use super::*;
+    use nix::sched::{CloneFlags, unshare};
+    use nix::sys::signal::Signal;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+    use std::fs::{self, File};
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+    use std::thread;
+
+    #[test]
+    fn a_stderr_that_nobody_reads_loses_lines_and_holds_nobody_up() {
+        let upstream = Upstream::start(ok);
+        let (unread, stderr) = std::io::pipe().unwrap();
+        let port = free_port();
+        let launch = Launch::to(&upstream).args(["--port", &port.to_string()]);
+        let into = stderr.as_raw_fd();
+        let launch = launch.before_start(move || duplicate(into, nix::libc::STDERR_FILENO));
+        let mut proxy = launch.spawn();
+        drop(stderr);
+        proxy.port = port;
+        wait_until("it listens", || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        let mut client = proxy.client();
+        // A line is some 140 bytes, and a pipe holds 64 KiB (pipe(7)).
+        for _ in 0..1000 {
+            assert_eq!(client.status_of("GET /").unwrap(), 403);
+        }
+        assert_eq!(client.ask().unwrap().status(), 200);
+        let mut unread = File::from(std::os::fd::OwnedFd::from(unread));
+        unread.read_exact(&mut [0; 1 << 15]).unwrap();
+        assert_eq!(client.status_of("GET /").unwrap(), 403);
+        proxy.signal(Signal::SIGTERM);
+        assert_eq!(proxy.wait().status.code(), Some(0));
+        let mut rest = String::new();
+        unread.read_to_string(&mut rest).unwrap();
+        let lost: Vec<_> = rest
+            .lines()
+            .filter(|line| line.contains("lines that stderr did not take"))
+            .collect();
+        assert_eq!(lost.len(), 1, "{rest}");
+        assert!(rest.ends_with("stopped\n"), "{rest}");
+    }
+
+    /// Runs something in a network of its own, with nothing but the loopback device, whose addresses are 127.0.0.1 and
+    /// 192.0.2.1. Root only.
+    fn in_a_network_of_its_own(what: &str, run: fn()) {
+        if !is_root_for(what) {
+            return;
+        }
+        let outcome = thread::spawn(move || {
+            if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+                return Err(format!("no network of its own: {error}"));
+            }
+            for words in ["link set lo up", "addr add 192.0.2.1/32 dev lo"] {
+                let done = Command::new("ip").args(words.split(' ')).status();
+                if !done.is_ok_and(|status| status.success()) {
+                    return Err("no `ip` (iproute2)".to_owned());
+                }
+            }
+            run();
+            Ok(())
+        });
+        if let Err(why) = outcome.join().unwrap() {
+            skip(what, &why);
+        }
+    }
+
+    #[test]
+    fn a_peer_whose_address_is_not_loopback_is_dropped() {
+        in_a_network_of_its_own("a peer with another address", || {
+            let upstream = Upstream::start(ok);
+            let proxy = Launch::to(&upstream).start();
+            // As a neighbour's comes in where `route_localnet` is on.
+            let kind = SockType::Stream;
+            let neighbour =
+                socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+            bind(neighbour.as_raw_fd(), &SockaddrIn::new(192, 0, 2, 1, 0)).unwrap();
+            connect(
+                neighbour.as_raw_fd(),
+                &SockaddrIn::new(127, 0, 0, 1, proxy.port),
+            )
+            .unwrap();
+            let mut neighbour = TcpStream::from(neighbour);
+            neighbour.set_read_timeout(Some(PATIENCE)).unwrap();
+            let request =
+                "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
+            let _ = neighbour.write_all(request.as_bytes());
+            let mut came = Vec::new();
+            let end = neighbour.read_to_end(&mut came);
+            assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
+            assert_eq!(came, b"");
+            assert_eq!(proxy.ask().status(), 200);
+            assert_eq!(upstream.seen().len(), 1);
+        });
+    }
+
+    #[test]
+    fn a_localhost_that_is_elsewhere_gets_nothing() {
+        in_a_network_of_its_own("a localhost that is elsewhere", || {
+            let what = "a localhost that is elsewhere";
+            let elsewhere = TcpListener::bind("192.0.2.1:0").unwrap();
+            let url = format!(
+                "http://localhost:{}/",
+                elsewhere.local_addr().unwrap().port()
+            );
+            let folder = Folder::new();
+            let hosts = folder.join("hosts");
+            fs::write(&hosts, "192.0.2.1 localhost\n").unwrap();
+            let mounts = vec![Mount::File(hosts, "/etc/hosts".into())];
+            let mut proxy = match with_mounts(Launch::new().url(&url), mounts) {
+                Ok(launch) => launch.start(),
+                Err(error) => return skip(what, &format!("no file system of its own: {error}")),
+            };
+            assert_eq!(proxy.ask().status(), 502);
+            proxy.wait_for_request(
+                "request ",
+                &["status=502", "is not this machine's loopback"],
+            );
+            let mut came = Vec::new();
+            let end = elsewhere.accept().unwrap().0.read_to_end(&mut came);
+            assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
+            assert_eq!(came, b"");
+        });
+    }
+}
