@@ -77,9 +77,14 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
     let mut ending = pin!(proxy.stop.begun());
+    let mut is_watched = false;
     let mut grace: Option<Pin<Box<Sleep>>> = None;
     let outcome = poll_fn(|cx| {
-        if grace.is_some() || ending.as_mut().poll(cx).is_ready() {
+        // Once is enough, since all this is one task.
+        if !std::mem::replace(&mut is_watched, true) {
+            let _ = ending.as_mut().poll(cx);
+        }
+        if proxy.stop.has_begun() {
             let grace = grace.get_or_insert_with(|| Box::pin(sleep(LAST_REQUEST_GRACE)));
             let is_over = grace.as_mut().poll(cx).is_ready();
             if client.version.get().is_some() {

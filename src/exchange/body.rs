@@ -11,7 +11,7 @@ use super::client::Client;
 use super::dump::Tap;
 use super::record::Record;
 use crate::log::with_sources;
-use crate::upstream::{Upstream, unwoken};
+use crate::upstream::Upstream;
 
 /// The body of an answer to a client: our own words, or the upstream's.
 pub type AnswerBody = Either<Full<Bytes>, Download>;
@@ -122,11 +122,11 @@ impl Body for Download {
             this.broken = Some((error, turn));
             return Poll::Pending;
         }
-        match &mut *this.record.client().link.borrow_mut() {
+        let frame = match &mut *this.record.client().link.borrow_mut() {
             None => return Poll::Ready(None),
-            Some(link) => link.drive(cx),
-        }
-        match ready!(Pin::new(&mut this.body).poll_frame(&mut unwoken())) {
+            Some(link) => ready!(link.poll(cx, |cx| Pin::new(&mut this.body).poll_frame(cx))),
+        };
+        match frame {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
                 this.record.data(&data);

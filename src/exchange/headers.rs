@@ -21,34 +21,36 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
-/// The headers of a request for the upstream: the client's end-to-end ones in their order, behind a
-/// `Host` of ours. The credential is added later, on the wire; the client has its 100 (Continue) from us.
+/// The headers of a request for the upstream: the client's end-to-end ones, with a `Host` of ours. The
+/// credential is added later, on the wire; the client has its 100 (Continue) from us.
 pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue) -> HeaderMap {
-    let ours = HeaderMap::from_iter([(header::HOST, host)]);
-    let replaced = [header::AUTHORIZATION, header::HOST, header::EXPECT];
-    end_to_end(client, ours, &replaced)
+    let mut headers = end_to_end(client, &[header::AUTHORIZATION, header::EXPECT]);
+    headers.insert(header::HOST, host);
+    headers
 }
 
-/// The end-to-end headers of a message in their order, behind `ours` and but for those that are `replaced`.
-pub(super) fn end_to_end(
-    from: HeaderMap,
-    mut ours: HeaderMap,
-    replaced: &[HeaderName],
-) -> HeaderMap {
+/// The end-to-end headers of a message in their order, but for those that are `replaced`.
+pub(super) fn end_to_end(from: HeaderMap, replaced: &[HeaderName]) -> HeaderMap {
     let connection = from.get_all(header::CONNECTION).iter();
     let disowned: Vec<_> = connection.flat_map(named_by_connection).collect();
-    // The name comes with the first of its values only.
+    let ends_here = |name: &HeaderName| {
+        is_hop_by_hop(name) || replaced.contains(name) || disowned.contains(name)
+    };
+    if !from.keys().any(ends_here) {
+        return from;
+    }
+    // A new map, since taking one out of a map moves others. The name comes with the first of its values only.
+    let mut headers = HeaderMap::with_capacity(from.len());
     let mut current = None;
     for (name, value) in from {
         if let Some(name) = name {
-            let ends_here = is_hop_by_hop(&name) || replaced.contains(&name);
-            current = (!ends_here && !disowned.contains(&name)).then_some(name);
+            current = Some(name).filter(|name| !ends_here(name));
         }
         if let Some(name) = &current {
-            ours.append(name, value);
+            headers.append(name, value);
         }
     }
-    ours
+    headers
 }
 
 /// The headers that a `Connection` header says are about the connection (RFC 9110, section 7.6.1).

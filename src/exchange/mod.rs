@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use http_body_util::Either;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONNECTION, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
 use serde_json::json;
@@ -114,7 +114,7 @@ impl Proxy {
                 record.begin(head.status, tap);
                 client.link.replace(Some(link));
                 let download = Download::new(body, Rc::clone(&self.upstream), record);
-                head.headers = headers::end_to_end(head.headers, HeaderMap::new(), &[]);
+                head.headers = headers::end_to_end(head.headers, &[]);
                 Response::from_parts(head, Either::Right(download))
             }
             // The step that failed, in plain words; the rest is logged.

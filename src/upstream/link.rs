@@ -3,7 +3,9 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Waker};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
 
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::client::conn::TrySendError;
@@ -25,9 +27,13 @@ pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error>>>;
 pub struct Link {
     sender: SendRequest<RequestBody>,
     /// `None` once it has ended.
-    connection: Option<Connection<TokioIo<Authorizing<Stream>>, RequestBody>>,
+    connection: Option<Http<RequestBody>>,
     progress: Rc<Progress>,
+    waker: Arc<QuietWaker>,
 }
+
+/// The end that does the work.
+type Http<B> = Connection<TokioIo<Authorizing<Stream>>, B>;
 
 impl Link {
     /// A connection that has not been used.
@@ -48,15 +54,42 @@ impl Link {
             sender,
             connection: Some(connection),
             progress,
+            waker: Arc::new(QuietWaker {
+                task: Mutex::new(Waker::noop().clone()),
+                is_attended: AtomicBool::new(false),
+                is_woken: AtomicBool::new(false),
+            }),
         })
     }
 
-    /// Sends and receives what can be. What the connection yields is then looked at with
-    /// [`unwoken`]: nothing but this brings more of it, so `cx` is woken when there may be.
-    pub fn drive(&mut self, cx: &mut Context<'_>) {
+    /// Sends and receives what can be, and polls what the connection yields: an answer or its body.
+    ///
+    /// The two wake each other whenever one has done something for the other. Both are looked at here in
+    /// turn until neither has, so such a wake-up is no reason to poll the whole task once more.
+    pub fn poll<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        self.waker.attend(cx.waker());
+        loop {
+            self.drive();
+            let outcome = poll(&mut Context::from_waker(Waker::noop()));
+            if outcome.is_ready() || !self.waker.is_woken() {
+                self.waker.leave();
+                return outcome;
+            }
+        }
+    }
+
+    fn drive(&mut self) {
+        let waker = Waker::from(Arc::clone(&self.waker));
         let connection = self.connection.as_mut().map(Pin::new);
         // An error is also that of the answer or its body.
-        if connection.is_some_and(|connection| connection.poll(cx).is_ready()) {
+        let is_ended = |connection: Pin<&mut Http<_>>| {
+            connection.poll(&mut Context::from_waker(&waker)).is_ready()
+        };
+        if connection.is_some_and(is_ended) {
             self.connection = None;
         }
     }
@@ -72,11 +105,7 @@ impl Link {
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
         self.progress.at.set(Some(0));
         let mut answer = pin!(self.sender.try_send_request(request));
-        poll_fn(|cx| {
-            self.drive(cx);
-            answer.as_mut().poll(&mut unwoken())
-        })
-        .await
+        poll_fn(|cx| self.poll(cx, |cx| answer.as_mut().poll(cx))).await
     }
 
     /// Whether another request can be sent.
@@ -84,7 +113,7 @@ impl Link {
     /// Not if the upstream has closed it or sent what nobody asked for, and not while something of a
     /// request that was answered early is still to be sent.
     pub(super) fn is_idle(&mut self) -> bool {
-        self.drive(&mut unwoken());
+        self.drive();
         self.connection.is_some() && self.sender.is_ready() && self.is_flushed()
     }
 
@@ -95,8 +124,44 @@ impl Link {
     }
 }
 
-/// A context for what is polled right behind [`Link::drive`].
-#[must_use]
-pub fn unwoken() -> Context<'static> {
-    Context::from_waker(Waker::noop())
+/// Wakes the task that holds a link, but not while that looks after the link.
+struct QuietWaker {
+    task: Mutex<Waker>,
+    is_attended: AtomicBool,
+    is_woken: AtomicBool,
+}
+
+impl QuietWaker {
+    fn attend(&self, task: &Waker) {
+        self.lock().clone_from(task);
+        self.is_attended.store(true, Relaxed);
+    }
+
+    /// Whether it has been woken since it was asked last.
+    fn is_woken(&self) -> bool {
+        self.is_woken.swap(false, Relaxed)
+    }
+
+    fn leave(&self) {
+        self.is_woken.store(false, Relaxed);
+        self.is_attended.store(false, Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waker> {
+        self.task.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for QuietWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.is_attended.load(Relaxed) {
+            self.is_woken.store(true, Relaxed);
+        } else {
+            self.lock().wake_by_ref();
+        }
+    }
 }

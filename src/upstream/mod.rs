@@ -20,7 +20,7 @@ use tokio::task::yield_now;
 
 use self::authorizing::Opening;
 pub use self::connector::Connector;
-pub use self::link::{Link, RequestBody, unwoken};
+pub use self::link::{Link, RequestBody};
 use self::pool::Pool;
 use self::target::Target;
 use crate::failure::Failure;
