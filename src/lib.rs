@@ -36,7 +36,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Arguments;
 use crate::client::listener;
-use crate::client::peer::{AllowList, PeerCheck};
+use crate::client::peer::PeerCheck;
 use crate::exchange::Proxy;
 use crate::exchange::dump::Dumper;
 use crate::key::Credential;
@@ -87,14 +87,13 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
     let way = proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
-    let allowed = AllowList::parse(&arguments.allow_user)?;
     let connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
     let limit = listener::connection_limit();
     let listener = listener::open(arguments.port)?;
     let unusable = |error| format!("cannot use the listening socket: {error}");
     let address = listener.local_addr().map_err(unusable)?;
     listener.set_nonblocking(true).map_err(unusable)?;
-    let check = PeerCheck::new(allowed, address)?;
+    let check = PeerCheck::new(&arguments.allow_user, address)?;
     let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
     let server_info = arguments.server_info.as_deref();
     let mut server_info = server_info.map(ServerInfo::prepare).transpose()?;

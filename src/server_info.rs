@@ -55,8 +55,8 @@ impl Drop for ServerInfo {
         // It is there no more once it is published.
         let _ = fs::remove_file(&self.beside);
         let is_file = fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
-        let content = fs::read(&self.path).unwrap_or_default();
-        if is_file && !content.is_empty() && content == self.content.as_bytes() {
+        let is_ours = |content| !self.content.is_empty() && content == self.content.as_bytes();
+        if is_file && fs::read(&self.path).is_ok_and(is_ours) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -86,11 +86,8 @@ fn create_beside(path: &Path) -> io::Result<ServerInfo> {
     let random = RandomState::new().hash_one(std::process::id());
     let beside = parent.join(format!(".{}.{random:016x}", name.to_string_lossy()));
     let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create_new(true)
-        .mode(MODE)
-        .open(&beside)?;
+    options.write(true).create_new(true).mode(MODE);
+    let file = options.open(&beside)?;
     Ok(ServerInfo {
         path,
         beside,

@@ -19,45 +19,10 @@ use crate::log;
 /// it isn't asked for each connection.
 const MEMBERSHIP_VALID: Duration = Duration::from_secs(2);
 
-/// Who may use the proxy.
-#[derive(Debug, Default)]
-pub struct AllowList {
-    uids: Vec<u32>,
-    groups: Vec<String>,
-}
-
-impl AllowList {
-    /// Takes the values of `--allow-user`: a name, a uid or `@` and a group's name.
-    ///
-    /// # Errors
-    ///
-    /// A sentence naming what this system doesn't know.
-    pub fn parse(values: &[String]) -> Result<Self, String> {
-        let mut list = Self::default();
-        for value in values {
-            let unknown = |what: &str| {
-                format!("--allow-user {value:?}: there is no such {what} on this system")
-            };
-            let failed = |error| format!("--allow-user {value:?} can't be looked up: {error}");
-            if let Some(group) = value.strip_prefix('@') {
-                let known = Group::from_name(group).map_err(failed)?;
-                list.groups
-                    .push(known.ok_or_else(|| unknown("group"))?.name);
-            } else if value.starts_with(|first: char| first.is_ascii_digit()) {
-                list.uids.push(value.parse().map_err(|_| unknown("uid"))?);
-            } else {
-                let user = User::from_name(value).map_err(failed)?;
-                list.uids
-                    .push(user.ok_or_else(|| unknown("user"))?.uid.as_raw());
-            }
-        }
-        Ok(list)
-    }
-}
-
 /// The check that `--allow-user` asks for. It is made once for a connection, before anything is read.
 pub struct PeerCheck {
-    allowed: AllowList,
+    uids: Vec<u32>,
+    groups: Vec<String>,
     kernel: SockDiag,
     /// Whether users are in one of the groups, and when that was looked up. Locked meanwhile, so that
     /// many connections of a user are one look-up.
@@ -65,17 +30,20 @@ pub struct PeerCheck {
 }
 
 impl PeerCheck {
-    /// The check for a listening socket; none if nobody was named, so that everybody may come.
+    /// The check for a listening socket, with the values of `--allow-user`: a name, a uid or `@` and a
+    /// group's name. There is none if there is no value, so that everybody may come.
     ///
     /// # Errors
     ///
-    /// A sentence on why this system can't tell users apart.
-    pub fn new(allowed: AllowList, listener: SocketAddr) -> Result<Option<Self>, String> {
-        if allowed.uids.is_empty() && allowed.groups.is_empty() {
+    /// A sentence naming what this system doesn't know, or why it can't tell users apart.
+    pub fn new(values: &[String], listener: SocketAddr) -> Result<Option<Self>, String> {
+        let (uids, groups) = named(values)?;
+        if values.is_empty() {
             return Ok(None);
         }
         Ok(Some(Self {
-            allowed,
+            uids,
+            groups,
             kernel: SockDiag::new(listener)?,
             members: Mutex::default(),
         }))
@@ -88,7 +56,7 @@ impl PeerCheck {
             None
         });
         let is_allowed = match uid {
-            Some(uid) => self.allowed.uids.contains(&uid) || self.is_member(uid).await,
+            Some(uid) => self.uids.contains(&uid) || self.is_member(uid).await,
             None => false,
         };
         Client {
@@ -99,7 +67,7 @@ impl PeerCheck {
     }
 
     async fn is_member(&self, uid: u32) -> bool {
-        if self.allowed.groups.is_empty() {
+        if self.groups.is_empty() {
             return false;
         }
         let mut members = self.members.lock().await;
@@ -108,7 +76,7 @@ impl PeerCheck {
             return *is_member;
         }
         // On a thread of its own, since the answer may be long in coming.
-        let groups = self.allowed.groups.clone();
+        let groups = self.groups.clone();
         let lookup = move || {
             groups
                 .iter()
@@ -118,6 +86,26 @@ impl PeerCheck {
         members.insert(uid, (is_member, Instant::now()));
         is_member
     }
+}
+
+/// The uids and groups that these values name.
+fn named(values: &[String]) -> Result<(Vec<u32>, Vec<String>), String> {
+    let (mut uids, mut groups) = (Vec::new(), Vec::new());
+    for value in values {
+        let unknown =
+            |what| format!("--allow-user {value:?}: there is no such {what} on this system");
+        let failed = |error| format!("--allow-user {value:?} can't be looked up: {error}");
+        if let Some(group) = value.strip_prefix('@') {
+            let group = Group::from_name(group).map_err(failed)?;
+            groups.push(group.ok_or_else(|| unknown("group"))?.name);
+        } else if value.starts_with(|first: char| first.is_ascii_digit()) {
+            uids.push(value.parse().map_err(|_| unknown("uid"))?);
+        } else {
+            let user = User::from_name(value).map_err(failed)?;
+            uids.push(user.ok_or_else(|| unknown("user"))?.uid.as_raw());
+        }
+    }
+    Ok((uids, groups))
 }
 
 /// Whether the user is in the group, as its primary one or another.
@@ -136,9 +124,8 @@ mod tests {
 
     #[test]
     fn names_uids_and_groups() {
-        let list = AllowList::parse(&["root".into(), "12345".into(), "@root".into()]).unwrap();
-        assert_eq!(list.uids, [0, 12345]);
-        assert_eq!(list.groups, ["root"]);
+        let values = ["root", "12345", "@root"].map(String::from);
+        assert_eq!(named(&values), Ok((vec![0, 12345], vec!["root".into()])));
         assert_eq!(is_in(0, "root"), Ok(true));
         assert_eq!(is_in(12345, "root"), Ok(false));
     }
@@ -155,7 +142,7 @@ mod tests {
             "-1",
             "a\0b",
         ] {
-            let error = AllowList::parse(&[value.to_owned()]).expect_err(value);
+            let error = named(&[value.to_owned()]).expect_err(value);
             assert!(error.starts_with("--allow-user"), "{value}: {error}");
         }
     }

@@ -89,9 +89,9 @@ impl Download {
     /// Once the body is whole: logs it, and keeps the link. hyper asks for nothing more after that.
     fn finish_at_end(&mut self, is_over: bool) {
         if (is_over || self.body.is_end_stream())
-            && let Some(link) = self.record.client().link.take()
+            && let Some(link) = self.record.client.link.take()
         {
-            self.record.end(None);
+            self.record.error = None;
             self.upstream.keep(link);
         }
     }
@@ -99,7 +99,7 @@ impl Download {
 
 impl Drop for Download {
     fn drop(&mut self) {
-        self.record.client().link.take();
+        self.record.client.link.take();
     }
 }
 
@@ -115,14 +115,14 @@ impl Body for Download {
         if let Some((error, asked)) = this.broken.take() {
             // hyper drops what it has not flushed when a body fails. A body that has nothing to give is
             // asked again in the same turn if all has been flushed meanwhile, and only then.
-            let turn = this.record.client().turn.get();
+            let turn = this.record.client.turn.get();
             if turn == asked {
                 return Poll::Ready(Some(Err(error)));
             }
             this.broken = Some((error, turn));
             return Poll::Pending;
         }
-        let frame = match &mut *this.record.client().link.borrow_mut() {
+        let frame = match &mut *this.record.client.link.borrow_mut() {
             None => return Poll::Ready(None),
             Some(link) => ready!(link.poll(cx, |cx| Pin::new(&mut this.body).poll_frame(cx))),
         };
@@ -135,9 +135,8 @@ impl Body for Download {
             }
             Some(Err(error)) => {
                 let detail = with_sources(&error);
-                this.record
-                    .end(Some(format!("answer broken off: {detail}")));
-                this.broken = Some((error, this.record.client().turn.get()));
+                this.record.error = Some(format!("answer broken off: {detail}"));
+                this.broken = Some((error, this.record.client.turn.get()));
                 Poll::Pending
             }
             None => {
@@ -148,7 +147,7 @@ impl Body for Download {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.record.client().link.borrow().is_none()
+        self.record.client.link.borrow().is_none()
     }
 
     fn size_hint(&self) -> SizeHint {

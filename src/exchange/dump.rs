@@ -62,32 +62,20 @@ impl Dumper {
         })
     }
 
-    /// Begins the dump of a new exchange.
-    pub(super) fn next_exchange(&self) -> Exchange {
+    /// What the names of a new exchange's files begin with.
+    pub(super) fn next_name(&self) -> String {
         let number = self.next.replace(self.next.get() + 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let milliseconds = now.map_or(0, |now| now.as_millis());
-        Exchange {
-            prefix: self.folder.join(format!("{number:06}-{milliseconds}")),
-            room: Arc::clone(&self.room),
-        }
+        format!("{number:06}-{}", now.map_or(0, |now| now.as_millis()))
     }
 
     /// Waits until all is written that will be.
     pub async fn finish(&self) {
         let _ = self.room.acquire_many(MAX_WAITING).await;
     }
-}
 
-/// The two files of an exchange.
-pub(super) struct Exchange {
-    prefix: PathBuf,
-    room: Arc<Semaphore>,
-}
-
-impl Exchange {
-    /// Begins the file of one side, of whose head this is known beside its headers.
-    pub(super) fn begin(&self, side: &str, mut head: Value, headers: &HeaderMap) -> Tap {
+    /// Begins a file with this name, for a message of whose head this is known beside its headers.
+    pub(super) fn begin(&self, name: &str, mut head: Value, headers: &HeaderMap) -> Tap {
         // A list, since a name may come more than once.
         head["headers"] = headers
             .iter()
@@ -99,10 +87,8 @@ impl Exchange {
                 json!({ "name": name.as_str(), "value": value })
             })
             .collect();
-        let mut path = self.prefix.clone().into_os_string();
-        path.push(format!("-{side}.json"));
         let mut tap = Tap {
-            path: path.into(),
+            path: self.folder.join(name),
             head,
             body: Vec::new(),
             room: Arc::clone(&self.room),
@@ -180,11 +166,8 @@ fn as_text(head: &Value, body: &[u8]) -> String {
 /// Writes a new file for its owner alone, or none.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path)?;
     let written = file.write_all(text.as_bytes());
     written.inspect_err(|_| drop(fs::remove_file(path)))
 }

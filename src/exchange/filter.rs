@@ -57,10 +57,8 @@ pub(super) fn decide(
     if client.is_refused {
         return Err(USER);
     }
-    if BROWSER_HEADERS
-        .iter()
-        .any(|name| headers.contains_key(*name))
-    {
+    let is_there = |name: &&str| headers.contains_key(*name);
+    if BROWSER_HEADERS.iter().any(is_there) {
         return Err(BROWSER);
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one

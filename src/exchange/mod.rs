@@ -99,19 +99,22 @@ impl Proxy {
         head: Parts,
         mut upload: Upload,
     ) -> Response<AnswerBody> {
-        let dump = self.dumper.as_ref().map(Dumper::next_exchange);
-        upload.tap = dump.as_ref().map(|dump| {
+        let dumper = self.dumper.as_ref();
+        let dump = dumper.map(|dumper| (dumper, dumper.next_name()));
+        upload.tap = dump.as_ref().map(|(dumper, name)| {
             let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
-            dump.begin("request", about, &head.headers)
+            dumper.begin(&format!("{name}-request.json"), about, &head.headers)
         });
         let mut record = Record::new(Rc::clone(client));
         let headers = headers::for_upstream(head.headers, self.upstream.target.host_header.clone());
         match self.upstream.send(headers, Box::pin(upload)).await {
             Ok((link, answer)) => {
                 let (mut head, body) = answer.into_parts();
-                let about = json!({ "status": head.status.as_u16() });
-                let tap = dump.map(|dump| dump.begin("response", about, &head.headers));
-                record.begin(head.status, tap);
+                record.status = head.status.as_u16();
+                record.tap = dump.map(|(dumper, name)| {
+                    let about = json!({ "status": record.status });
+                    dumper.begin(&format!("{name}-response.json"), about, &head.headers)
+                });
                 client.link.replace(Some(link));
                 let download = Download::new(body, Rc::clone(&self.upstream), record);
                 head.headers = headers::end_to_end(head.headers, &[]);
@@ -119,8 +122,8 @@ impl Proxy {
             }
             // The step that failed, in plain words; the rest is logged.
             Err(failure) => {
-                record.begin(failure.status, None);
-                record.end(Some(format!("{}: {}", failure.message, failure.detail)));
+                record.status = failure.status.as_u16();
+                record.error = Some(format!("{}: {}", failure.message, failure.detail));
                 refusal::response(&failure)
             }
         }

@@ -3,22 +3,22 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use hyper::StatusCode;
-
 use super::client::Client;
 use super::dump::Tap;
 use crate::log;
 
 /// What is logged of one forwarded request, when it is over, however it ends.
 pub(super) struct Record {
-    client: Rc<Client>,
+    /// Whose request it is.
+    pub(super) client: Rc<Client>,
     started: Instant,
-    status: u16,
+    /// Of the answer; 0 before there is one.
+    pub(super) status: u16,
     sent: usize,
     /// Takes a copy of the answer.
-    tap: Option<Tap>,
-    /// Why it isn't complete; the detail is for the log alone.
-    error: Option<String>,
+    pub(super) tap: Option<Tap>,
+    /// Why the answer isn't whole; the detail is for the log alone.
+    pub(super) error: Option<String>,
 }
 
 impl Record {
@@ -35,28 +35,12 @@ impl Record {
         }
     }
 
-    /// Whose request it is.
-    pub(super) fn client(&self) -> &Client {
-        &self.client
-    }
-
-    /// The answer has this status, and a copy of its body is taken.
-    pub(super) fn begin(&mut self, status: StatusCode, tap: Option<Tap>) {
-        self.status = status.as_u16();
-        self.tap = tap;
-    }
-
     /// Its body goes on with this.
     pub(super) fn data(&mut self, data: &[u8]) {
         self.sent += data.len();
         if let Some(tap) = &mut self.tap {
             tap.data(data);
         }
-    }
-
-    /// The answer is whole, or something failed.
-    pub(super) fn end(&mut self, error: Option<String>) {
-        self.error = error;
     }
 }
 

@@ -27,13 +27,10 @@ pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error>>>;
 pub struct Link {
     sender: SendRequest<RequestBody>,
     /// `None` once it has ended.
-    connection: Option<Http<RequestBody>>,
+    connection: Option<Connection<TokioIo<Authorizing<Stream>>, RequestBody>>,
     progress: Rc<Progress>,
     waker: Arc<QuietWaker>,
 }
-
-/// The end that does the work.
-type Http<B> = Connection<TokioIo<Authorizing<Stream>>, B>;
 
 impl Link {
     /// A connection that has not been used.
@@ -54,11 +51,7 @@ impl Link {
             sender,
             connection: Some(connection),
             progress,
-            waker: Arc::new(QuietWaker {
-                task: Mutex::new(Waker::noop().clone()),
-                is_attended: AtomicBool::new(false),
-                is_woken: AtomicBool::new(false),
-            }),
+            waker: Arc::default(),
         })
     }
 
@@ -71,25 +64,26 @@ impl Link {
         cx: &mut Context<'_>,
         mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        self.waker.attend(cx.waker());
-        loop {
+        *self.waker.task() = None;
+        let outcome = loop {
+            self.waker.is_woken.store(false, Relaxed);
             self.drive();
             let outcome = poll(&mut Context::from_waker(Waker::noop()));
-            if outcome.is_ready() || !self.waker.is_woken() {
-                self.waker.leave();
-                return outcome;
+            if outcome.is_ready() || !self.waker.is_woken.load(Relaxed) {
+                break outcome;
             }
-        }
+        };
+        *self.waker.task() = Some(cx.waker().clone());
+        outcome
     }
 
     fn drive(&mut self) {
         let waker = Waker::from(Arc::clone(&self.waker));
-        let connection = self.connection.as_mut().map(Pin::new);
-        // An error is also that of the answer or its body.
-        let is_ended = |connection: Pin<&mut Http<_>>| {
-            connection.poll(&mut Context::from_waker(&waker)).is_ready()
-        };
-        if connection.is_some_and(is_ended) {
+        let mut cx = Context::from_waker(&waker);
+        if let Some(connection) = &mut self.connection
+            && Pin::new(connection).poll(&mut cx).is_ready()
+        {
+            // An error is also that of the answer or its body.
             self.connection = None;
         }
     }
@@ -125,43 +119,24 @@ impl Link {
 }
 
 /// Wakes the task that holds a link, but not while that looks after the link.
+#[derive(Default)]
 struct QuietWaker {
-    task: Mutex<Waker>,
-    is_attended: AtomicBool,
+    /// `None` meanwhile.
+    task: Mutex<Option<Waker>>,
     is_woken: AtomicBool,
 }
 
 impl QuietWaker {
-    fn attend(&self, task: &Waker) {
-        self.lock().clone_from(task);
-        self.is_attended.store(true, Relaxed);
-    }
-
-    /// Whether it has been woken since it was asked last.
-    fn is_woken(&self) -> bool {
-        self.is_woken.swap(false, Relaxed)
-    }
-
-    fn leave(&self) {
-        self.is_woken.store(false, Relaxed);
-        self.is_attended.store(false, Relaxed);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waker> {
+    fn task(&self) -> MutexGuard<'_, Option<Waker>> {
         self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Wake for QuietWaker {
     fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if self.is_attended.load(Relaxed) {
-            self.is_woken.store(true, Relaxed);
-        } else {
-            self.lock().wake_by_ref();
+        match &*self.task() {
+            Some(task) => task.wake_by_ref(),
+            None => self.is_woken.store(true, Relaxed),
         }
     }
 }

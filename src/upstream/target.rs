@@ -76,10 +76,8 @@ impl Target {
 /// The port to connect to; `None` where there is no host, or something after it that is no port.
 #[must_use]
 pub fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
-    let (_, host_and_port) = authority
-        .as_str()
-        .rsplit_once('@')
-        .unwrap_or(("", authority.as_str()));
+    let whole = authority.as_str();
+    let (_, host_and_port) = whole.rsplit_once('@').unwrap_or(("", whole));
     match host_and_port.strip_prefix(authority.host())? {
         _ if authority.host().is_empty() => None,
         "" => Some(default),
