@@ -110,6 +110,8 @@ mod tests {
     use std::future::pending;
 
     use tokio::io::{AsyncReadExt, duplex};
+    use tokio::net::TcpListener;
+    use tokio::task::yield_now;
     use tokio::time::Instant;
 
     use super::*;
@@ -157,5 +159,36 @@ mod tests {
                 "{sent:?}: {lasts} ms"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn what_came_before_an_answer_breaks_off_goes_out_first_however_slowly() {
+        const LENGTH: usize = 20_000;
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::for_tests(&format!("http://{}/", upstream.local_addr().unwrap()));
+        let client = Rc::default();
+        // The client takes little at once, and nothing before the upstream is gone.
+        let (mut near, far) = duplex(1000);
+        let request = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        near.write_all(request).await.unwrap();
+        let breaking = async {
+            let (mut stream, _) = upstream.accept().await.unwrap();
+            stream.read(&mut [0; 1000]).await.unwrap();
+            let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+            let answer = format!("{head}{:x}\r\n{}\r\n", LENGTH, "#".repeat(LENGTH));
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            drop(stream);
+            for _ in 0..1000 {
+                yield_now().await;
+            }
+            let mut come = Vec::new();
+            near.read_to_end(&mut come).await.unwrap();
+            come
+        };
+        let serving = async { converse(far, &client, &proxy).await.1 };
+        let (outcome, come) = tokio::join!(serving, breaking);
+        assert!(outcome.is_err_and(|error| error.is_user()));
+        assert_eq!(come.iter().filter(|&&byte| byte == b'#').count(), LENGTH);
+        assert!(!come.ends_with(b"0\r\n\r\n"));
     }
 }
