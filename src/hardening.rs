@@ -48,6 +48,7 @@ pub fn harden() -> Result<(), String> {
 #[cfg(target_os = "macos")]
 fn deny_debuggers() -> nix::Result<()> {
     // SAFETY: with this request, the other arguments are ignored.
-    let returned = unsafe { libc::ptrace(libc::PT_DENY_ATTACH, 0, std::ptr::null_mut(), 0) };
+    let returned =
+        unsafe { nix::libc::ptrace(nix::libc::PT_DENY_ATTACH, 0, std::ptr::null_mut(), 0) };
     nix::errno::Errno::result(returned).map(drop)
 }

@@ -71,9 +71,7 @@ fn create_beside(path: &Path) -> io::Result<ServerInfo> {
         .ancestors()
         .find_map(|folder| folder.canonicalize().ok());
     if nearest.is_some_and(|folder| folder.starts_with("/dev")) {
-        return Err(io::Error::other(
-            "/dev is for devices: choose another folder",
-        ));
+        return Err(io::Error::other("/dev is no place for a file"));
     }
     match fs::symlink_metadata(&path) {
         Ok(there) if !there.is_file() && !there.is_symlink() => {

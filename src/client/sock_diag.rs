@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
@@ -98,10 +99,9 @@ impl SockDiag {
 /// A netlink header and a `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60:
 /// ports and addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
 fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
-    let family = if local.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
+    let family = match local {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
     };
     let address = |address: IpAddr| match address {
         IpAddr::V4(address) => [&address.octets()[..], &[0; 12]].concat(),

@@ -45,5 +45,5 @@ fn environ() -> *mut *mut c_char {
 #[cfg(target_os = "macos")]
 fn environ() -> *mut *mut c_char {
     // SAFETY: the function takes nothing and returns the address of the C library's pointer.
-    unsafe { *libc::_NSGetEnviron() }
+    unsafe { *nix::libc::_NSGetEnviron() }
 }
