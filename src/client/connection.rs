@@ -42,7 +42,7 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
         Err(error) if error.is_user() && client.version.get() == Some(Version::HTTP_10) => {
             let _ = stream.set_zero_linger();
         }
-        Ok(()) if client.has_sent_all.get() => {}
+        Ok(()) if client.has_sent_all.get() || client.version.get().is_none() => {}
         Err(error) if !error.is_parse() => {}
         _ => {
             // Where hyper had nothing to say, it leaves that to us, too.
