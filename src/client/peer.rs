@@ -17,7 +17,7 @@ use crate::log;
 
 /// How long what the group database says of a user is relied on. It may be somewhere on the network, so
 /// it isn't asked for each connection.
-const MEMBERSHIP_VALID: Duration = Duration::from_secs(2);
+const MEMBERSHIP_VALID: Duration = Duration::from_secs(1);
 
 /// The check that `--allow-user` asks for. It is made once for a connection, before anything is read.
 pub struct PeerCheck {

@@ -304,7 +304,7 @@ check "the journal names bob's uid" says "uid=$(id -u bob)"
 shutdown() { as "$1" curl --silent --output /dev/null --write-out '%{http_code}' http://127.0.0.1:8399/shutdown; }
 check "bob can't shut it down" equal "$(shutdown bob)" 403
 usermod --append --groups developers bob
-# what the group database says is relied on for 2 s
+# what the group database says is relied on for a second
 check "bob is answered once he is a developer" within 10 answers bob
 check "alice can shut it down" equal "$(shutdown alice)" 200
 check "it ends as a success" within 40 has Result success
