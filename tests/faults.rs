@@ -89,10 +89,10 @@ fn an_answer_that_is_none_is_a_502_and_the_request_is_not_sent_again() {
                 assert_eq!(client.ask().unwrap().status(), 200, "before {name}");
                 proxy.wait_for_request("request ", &["status=200"]);
             }
-            let header = format!("X-Fault: {number}\r\n");
-            client.post(&header, "{}").unwrap();
-            let response = client.response();
-            let response = response.expect(&name);
+            client
+                .post(&format!("X-Fault: {number}\r\n"), "{}")
+                .unwrap();
+            let response = client.response().expect(&name);
             assert_eq!(response.status(), 502, "{name}: {response:?}");
             let message = response.error_message();
             assert!(!message.contains(KEY), "{name}: {message}");
@@ -147,18 +147,15 @@ fn an_upstream_that_breaks_off_breaks_the_answer_off() {
     // To a client of HTTP/1.0, the usual end of the connection is the end of a whole answer.
     for (version, when) in [("1.1", "later"), ("1.0", "later"), ("1.1", "at once")] {
         // What is broken at once is not even taken for an answer.
-        let rows = if when == "later" {
-            BREAKS.len()
-        } else {
-            BREAKS.len() - 1
-        };
+        let rows = BREAKS.len() - usize::from(when == "at once");
         for (number, (name, ..)) in BREAKS[..rows].iter().enumerate() {
             let name = format!("{name}, {when}, {version}");
             let mut client = proxy.client();
             let headers = format!("X-Fault: {number}\r\nX-When: {when}\r\n");
             let head = client.post_head(&headers);
-            let head = head.replace("HTTP/1.1", &format!("HTTP/{version}"));
-            client.send(head).unwrap();
+            client
+                .send(head.replace("1.1\r", &format!("{version}\r")))
+                .unwrap();
             // A reset may overtake what was sent before it.
             let comes = when == "later" || !name.contains("reset");
             if comes {
@@ -263,9 +260,10 @@ fn a_connection_that_the_upstream_has_closed_is_not_used_and_nobody_notices() {
     let (upstream, proxy) = serve(move |exchange| {
         let properly = exchange.body()? == b"properly";
         exchange.answer("200 OK", "", b"{}")?;
-        let end = match properly {
-            true => exchange.close(),
-            false => exchange.cut(),
+        let end = if properly {
+            exchange.close()
+        } else {
+            exchange.cut()
         };
         tell.send(()).unwrap();
         end
@@ -348,15 +346,14 @@ fn what_comes_behind_an_answer_is_nobodys() {
 /// A client that has sent this much of such a request.
 fn upload(proxy: &Proxy, then: &str, header: &str, sent: usize) -> Client {
     let mut client = proxy.client();
-    let head = client.post_head(&format!("X-Then: {then}\r\n{header}\r\n"));
-    client.send(head).unwrap();
+    let headers = format!("X-Then: {then}\r\n{header}\r\n");
+    client.send(client.post_head(&headers)).unwrap();
     let piece = "x".repeat(10_000);
-    let piece = match header.contains("chunked") {
-        true => format!("2710\r\n{piece}\r\n"),
-        false => piece,
-    };
     for _ in 0..sent / 10_000 {
-        client.send(&piece).expect(then);
+        match header.contains("chunked") {
+            true => client.chunk(&piece).expect(then),
+            false => client.send(&piece).expect(then),
+        }
     }
     client
 }
@@ -406,8 +403,7 @@ fn an_answer_that_comes_before_the_body_is_there_reaches_the_client() {
             for sent in [100_000, 32_000_000] {
                 let name = format!("{then}, {header}, after {sent}");
                 let mut client = upload(&proxy, then, header, sent);
-                let response = client.response();
-                let response = response.expect(&name);
+                let response = client.response().expect(&name);
                 if then == "closes" && response.status() == 502 {
                     // Who closes with data unread breaks the connection off, at times before the answer has been read.
                     response.error_message();

@@ -261,10 +261,10 @@ fn a_slow_upstream_slows_a_fast_upload_down() {
     let flood = Flood::default();
     let answer = thread::scope(|scope| {
         let sender = scope.spawn(|| {
-            let head = client.post_head("X-Flood: 1\r\nTransfer-Encoding: chunked\r\n");
-            client.send(head)?;
-            flood.run(|piece| client.send(format!("{:x}\r\n{piece}\r\n", piece.len())))?;
-            client.send("0\r\n\r\n")?;
+            let headers = "X-Flood: 1\r\nTransfer-Encoding: chunked\r\n";
+            client.send(client.post_head(headers))?;
+            flood.run(|piece| client.chunk(piece))?;
+            client.chunk("")?;
             client.response()
         });
         flood.assert_gets_stuck(&proxy, before);

@@ -57,21 +57,19 @@ fn the_first_byte_of_a_slow_body_is_with_the_upstream_before_the_second() {
     });
     for chunked in [false, true] {
         let mut client = proxy.client();
-        let header =
-            ["Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n"][usize::from(chunked)];
-        let head = client.post_head(header);
-        client.send(head).unwrap();
+        let headers = ["Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n"];
+        client
+            .send(client.post_head(headers[usize::from(chunked)]))
+            .unwrap();
         for byte in ["a", "b", "c"] {
-            let piece = if chunked {
-                format!("1\r\n{byte}\r\n")
-            } else {
-                byte.to_owned()
-            };
-            client.send(piece).unwrap();
-            assert_eq!(arrived.wait().unwrap(), byte.as_bytes(), "{header}");
+            match chunked {
+                true => client.chunk(byte).unwrap(),
+                false => client.send(byte).unwrap(),
+            }
+            assert_eq!(arrived.wait().unwrap(), byte.as_bytes(), "{chunked}");
         }
         client.send(if chunked { "0\r\n\r\n" } else { "" }).unwrap();
-        assert_eq!(client.response().unwrap().status(), 200, "{header}");
+        assert_eq!(client.response().unwrap().status(), 200, "{chunked}");
     }
     let framings: Vec<_> = upstream.seen().iter().map(|seen| seen.framing).collect();
     assert_eq!(framings, [Framing::Length(3), Framing::Chunked]);
@@ -82,13 +80,11 @@ fn five_hundred_streams_at_once_arrive_whole() {
     const STREAMS: usize = 500;
     raise_descriptor_limit(3000);
 
-    /// What only this request is answered with.
-    fn pieces(request: &str) -> Vec<String> {
-        let piece =
-            |number: usize| format!("data: {request} {number} {}\n\n", "x".repeat(100 * number));
+    // What only this request is answered with.
+    let pieces = |request: &str| -> Vec<String> {
+        let piece = |n: usize| format!("data: {request} {n} {}\n\n", "x".repeat(100 * n));
         (1..=16).map(piece).collect()
-    }
-
+    };
     let all_open = Arc::new(Barrier::new(STREAMS));
     let (upstream, proxy) = serve(move |exchange| {
         let pieces = pieces(std::str::from_utf8(exchange.body()?).unwrap());
@@ -108,9 +104,8 @@ fn five_hundred_streams_at_once_arrive_whole() {
     for (number, client) in clients.iter_mut().enumerate() {
         let response = client.response().unwrap();
         assert_eq!(response.status(), 200);
-        let expected = pieces(&request(number)).concat();
-        let whole = response.body == expected.as_bytes();
-        assert!(whole, "{number} is not whole");
+        let whole = pieces(&request(number)).concat();
+        assert!(response.body == whole.as_bytes(), "{number} is not whole");
     }
     assert_eq!(upstream.connections(), STREAMS);
 }

@@ -12,7 +12,7 @@ fn an_upstream_of_tls_1_2_and_one_of_hybrid_key_exchange_alone_are_served() {
     let mut hybrid = aws_lc_rs::default_provider();
     hybrid.kx_groups = vec![X25519MLKEM768];
     for (provider, version) in [(aws_lc_rs::default_provider(), &TLS12), (hybrid, &TLS13)] {
-        let upstream = Upstream::with_tls(provider, version, ok);
+        let upstream = Upstream::with_tls(provider, &[version], &["localhost"], |_| {}, ok);
         let proxy = Launch::to(&upstream).start();
         assert_eq!(proxy.ask().status(), 200, "{version:?}");
     }
@@ -24,7 +24,7 @@ mod linux {
     use nix::sched::{CloneFlags, unshare};
     use nix::sys::signal::Signal;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
-    use std::fs::{self, File};
+    use std::fs;
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
@@ -34,7 +34,7 @@ mod linux {
     #[test]
     fn a_stderr_that_nobody_reads_loses_lines_and_holds_nobody_up() {
         let upstream = Upstream::start(ok);
-        let (unread, stderr) = std::io::pipe().unwrap();
+        let (mut unread, stderr) = std::io::pipe().unwrap();
         let port = free_port();
         let launch = Launch::to(&upstream).args(["--port", &port.to_string()]);
         let into = stderr.as_raw_fd();
@@ -42,27 +42,22 @@ mod linux {
         let mut proxy = launch.spawn();
         drop(stderr);
         proxy.port = port;
-        wait_until("it listens", || {
-            TcpStream::connect(("127.0.0.1", port)).is_ok()
-        });
+        let listens = || TcpStream::connect(("127.0.0.1", port)).is_ok();
+        wait_until("it listens", listens);
         let mut client = proxy.client();
         // A line is some 140 bytes, and a pipe holds 64 KiB (pipe(7)).
         for _ in 0..1000 {
             assert_eq!(client.status_of("GET /").unwrap(), 403);
         }
         assert_eq!(client.ask().unwrap().status(), 200);
-        let mut unread = File::from(std::os::fd::OwnedFd::from(unread));
         unread.read_exact(&mut [0; 1 << 15]).unwrap();
         assert_eq!(client.status_of("GET /").unwrap(), 403);
         proxy.signal(Signal::SIGTERM);
         assert_eq!(proxy.wait().status.code(), Some(0));
         let mut rest = String::new();
         unread.read_to_string(&mut rest).unwrap();
-        let lost: Vec<_> = rest
-            .lines()
-            .filter(|line| line.contains("lines that stderr did not take"))
-            .collect();
-        assert_eq!(lost.len(), 1, "{rest}");
+        let lost = rest.matches("lines that stderr did not take").count();
+        assert_eq!(lost, 1, "{rest}");
         assert!(rest.ends_with("stopped\n"), "{rest}");
     }
 
@@ -96,20 +91,14 @@ mod linux {
             let upstream = Upstream::start(ok);
             let proxy = Launch::to(&upstream).start();
             // As a neighbour's comes in where `route_localnet` is on.
-            let kind = SockType::Stream;
-            let neighbour =
-                socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+            let (kind, close) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+            let neighbour = socket(AddressFamily::Inet, kind, close, None).unwrap();
             bind(neighbour.as_raw_fd(), &SockaddrIn::new(192, 0, 2, 1, 0)).unwrap();
-            connect(
-                neighbour.as_raw_fd(),
-                &SockaddrIn::new(127, 0, 0, 1, proxy.port),
-            )
-            .unwrap();
+            let to = SockaddrIn::new(127, 0, 0, 1, proxy.port);
+            connect(neighbour.as_raw_fd(), &to).unwrap();
             let mut neighbour = TcpStream::from(neighbour);
             neighbour.set_read_timeout(Some(PATIENCE)).unwrap();
-            let request =
-                "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
-            let _ = neighbour.write_all(request.as_bytes());
+            let _ = neighbour.write_all(b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n");
             let mut came = Vec::new();
             let end = neighbour.read_to_end(&mut came);
             assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
@@ -124,23 +113,18 @@ mod linux {
         in_a_network_of_its_own("a localhost that is elsewhere", || {
             let what = "a localhost that is elsewhere";
             let elsewhere = TcpListener::bind("192.0.2.1:0").unwrap();
-            let url = format!(
-                "http://localhost:{}/",
-                elsewhere.local_addr().unwrap().port()
-            );
+            let port = elsewhere.local_addr().unwrap().port();
+            let url = format!("http://localhost:{port}/");
             let folder = Folder::new();
             let hosts = folder.join("hosts");
             fs::write(&hosts, "192.0.2.1 localhost\n").unwrap();
             let mounts = vec![Mount::File(hosts, "/etc/hosts".into())];
-            let mut proxy = match with_mounts(Launch::new().url(&url), mounts) {
-                Ok(launch) => launch.start(),
-                Err(error) => return skip(what, &format!("no file system of its own: {error}")),
+            let Some(mut proxy) = start_with_mounts(what, Launch::new().url(&url), mounts) else {
+                return;
             };
             assert_eq!(proxy.ask().status(), 502);
-            proxy.wait_for_request(
-                "request ",
-                &["status=502", "is not this machine's loopback"],
-            );
+            let words = ["status=502", "is not this machine's loopback"];
+            proxy.wait_for_request("request ", &words);
             let mut came = Vec::new();
             let end = elsewhere.accept().unwrap().0.read_to_end(&mut came);
             assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");

@@ -4,13 +4,11 @@ use super::http::{Framing, Head, PATIENCE, Wire};
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 
-/// A connection to the proxy.
 pub(crate) struct Client {
     wire: Wire<TcpStream>,
     port: u16,
 }
 
-/// A whole answer.
 #[derive(Debug)]
 pub(crate) struct Response {
     pub(crate) head: Head,
@@ -48,7 +46,6 @@ impl Client {
         Self { wire, port }
     }
 
-    /// The socket itself.
     pub(crate) fn socket(&self) -> &TcpStream {
         self.wire.reader.get_ref()
     }
@@ -68,9 +65,13 @@ impl Client {
     pub(crate) fn post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
         let body = body.as_ref();
         let length = format!("{headers}Content-Length: {}\r\n", body.len());
-        let head = self.post_head(&length);
-        self.send(head)?;
+        self.send(self.post_head(&length))?;
         self.send(body)
+    }
+
+    /// Sends a chunk; an empty one ends the body.
+    pub(crate) fn chunk(&mut self, data: impl AsRef<[u8]>) -> io::Result<()> {
+        self.send(super::http::chunk(data.as_ref()))
     }
 
     /// Sends a small well-formed request and reads the whole answer.
@@ -78,11 +79,11 @@ impl Client {
         self.ask_with("", "{}")
     }
 
-    /// Sends a well-formed request with these header lines and this body, and reads the whole answer.
-    pub(crate) fn ask_with(
+    /// Sends a request as [`Self::post`] does, and reads the whole answer.
+    pub(crate) fn ask_with<B: AsRef<[u8]>>(
         &mut self,
         headers: &str,
-        body: impl AsRef<[u8]>,
+        body: B,
     ) -> io::Result<Response> {
         self.post(headers, body)?;
         self.response()
@@ -96,8 +97,7 @@ impl Client {
 
     /// The head of the next answer; its body is then read with [`Self::piece`] or [`Self::rest`].
     pub(crate) fn head(&mut self) -> io::Result<Head> {
-        let head = self.wire.head()?;
-        let head = head.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let head = self.wire.head()?.ok_or(io::ErrorKind::UnexpectedEof)?;
         self.wire.body = match head.status() {
             100..200 | 204 | 304 => Framing::Length(0),
             _ => head.framing(Framing::UntilClose),

@@ -52,7 +52,6 @@ impl Head {
         fields.into_iter().map(line).collect()
     }
 
-    /// The status of a response.
     pub(crate) fn status(&self) -> u16 {
         let status = self.start.split(' ').nth(1).and_then(|s| s.parse().ok());
         status.unwrap_or_else(|| panic!("no status in {:?}", self.start))
@@ -86,10 +85,9 @@ pub(crate) struct Wire<S> {
 
 impl<S: Read> Wire<S> {
     pub(crate) fn new(stream: S) -> Self {
-        Self {
-            reader: BufReader::with_capacity(1 << 16, stream),
-            body: Framing::Length(0),
-        }
+        let reader = BufReader::with_capacity(1 << 16, stream);
+        let body = Framing::Length(0);
+        Self { reader, body }
     }
 
     /// The next head, or `None` at the end of a connection that ended between messages.
@@ -169,11 +167,18 @@ impl<S: Read> Wire<S> {
 /// Whether an error of a read or write means that the other end is gone, rather than that nothing came in time.
 pub(crate) fn is_closed(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
-    let kind = error.kind();
-    matches!(
-        kind,
-        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
-    )
+    [
+        BrokenPipe,
+        ConnectionAborted,
+        ConnectionReset,
+        UnexpectedEof,
+    ]
+    .contains(&error.kind())
+}
+
+/// A chunk of a body; an empty one ends it.
+pub(crate) fn chunk(data: &[u8]) -> Vec<u8> {
+    [format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat()
 }
 
 fn bad(what: &str, text: &str) -> io::Error {

@@ -1,6 +1,6 @@
 //! What Linux tells about a process, and what it lets a test make of one that is about to start.
 
-use super::{Launch, Proxy, duplicate, wait_until};
+use super::{Launch, Proxy, duplicate, is_root_for, skip, wait_until};
 use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -79,7 +79,6 @@ pub(crate) fn limit_descriptors(launch: Launch, limit: u64, taken: Range<RawFd>)
     })
 }
 
-/// What a mount doesn't need.
 const NONE: Option<&Path> = None;
 
 /// Something that a program, and nobody else, finds in its file system.
@@ -103,15 +102,21 @@ impl Mount {
     }
 }
 
-/// Gives the program these mounts. An error if this system doesn't let us.
-pub(crate) fn with_mounts(launch: Launch, mounts: Vec<Mount>) -> io::Result<Launch> {
+/// Starts the program with these mounts. Root only; says what is skipped where the system doesn't let even root.
+pub(crate) fn start_with_mounts(what: &str, launch: Launch, mounts: Vec<Mount>) -> Option<Proxy> {
+    if !is_root_for(what) {
+        return None;
+    }
     let give = move || {
         unshare(CloneFlags::CLONE_NEWNS)?;
         // First of all: what is mounted there must not show outside.
         mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
         Ok(mounts.iter().try_for_each(Mount::mount)?)
     };
-    let trial = Launch::new().arg("--version");
-    trial.before_start(give.clone()).try_spawn()?;
-    Ok(launch.before_start(give))
+    let trial = Launch::new().arg("--version").before_start(give.clone());
+    if let Err(error) = trial.try_spawn() {
+        skip(what, &format!("no file system of its own: {error}"));
+        return None;
+    }
+    Some(launch.before_start(give).start())
 }

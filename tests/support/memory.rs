@@ -19,12 +19,12 @@ impl Memory {
                 Ok(()) => Some((map, bytes)),
                 // Root may read what the process itself can't; where not even that works, there is nothing.
                 Err(_) if !map.perms.contains(MMPermissions::READ) => None,
-                // The kernel's own pages, which hold its clock.
-                Err(_) if matches!(map.pathname, MMapPath::Vvar | MMapPath::Vsyscall) => None,
-                Err(_) if matches!(&map.pathname, MMapPath::Other(name) if name.starts_with("vvar")) => {
-                    None
-                }
-                Err(error) => panic!("{error}: {map:?}"),
+                Err(error) => match &map.pathname {
+                    // The kernel's own pages, which hold its clock.
+                    MMapPath::Vvar | MMapPath::Vsyscall => None,
+                    MMapPath::Other(name) if name.starts_with("vvar") => None,
+                    _ => panic!("{error}: {map:?}"),
+                },
             }
         };
         Self(maps.into_iter().filter_map(read).collect())

@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, setsid};
 use std::ffi::OsStr;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -84,7 +84,6 @@ impl Launch {
         self
     }
 
-    /// Run in this folder.
     pub(crate) fn in_folder(mut self, folder: &Path) -> Self {
         self.command.current_dir(folder);
         self
@@ -102,7 +101,6 @@ impl Launch {
         self
     }
 
-    /// This is the program's stdin.
     pub(crate) fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
         self.command.stdin(stdin);
         self.input_later()
@@ -209,7 +207,6 @@ impl Proxy {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// A new connection to it.
     pub(crate) fn client(&self) -> Client {
         Client::connect(self.port)
     }
@@ -231,9 +228,9 @@ impl Proxy {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line = self.lines.recv_timeout(left);
-            let line =
-                line.unwrap_or_else(|error| panic!("{error} for a line after {:#?}", self.log));
+            let Ok(line) = self.lines.recv_timeout(left) else {
+                panic!("no such line: {:#?}", self.log);
+            };
             self.log.push(line.clone());
             if like(&line) {
                 return line;
@@ -243,8 +240,8 @@ impl Proxy {
 
     /// Waits for the line of the next request, and makes sure that it is about one like this and not the key.
     pub(crate) fn wait_for_request(&mut self, beginning: &str, words: &[&str]) -> String {
-        let line =
-            self.wait_for_line(|line| line.starts_with("request ") || line.starts_with("refused "));
+        let is_one = |line: &str| line.starts_with("request ") || line.starts_with("refused ");
+        let line = self.wait_for_line(is_one);
         assert!(line.starts_with(beginning) && !line.contains(KEY), "{line}");
         for word in words {
             assert!(line.contains(word), "{word:?} is not in {line}");
@@ -271,7 +268,6 @@ impl Proxy {
         waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
     }
 
-    /// Whether it is still running.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -300,13 +296,12 @@ impl Proxy {
             }
         }
         let status = self.child.wait().unwrap();
-        let mut stdout = String::new();
-        let mut pipe = self.child.stdout.take().unwrap();
-        pipe.read_to_string(&mut stdout).unwrap();
+        let stdout = io::read_to_string(self.child.stdout.take().unwrap()).unwrap();
+        let stderr = std::mem::take(&mut self.log);
         Finished {
             status,
             stdout,
-            stderr: std::mem::take(&mut self.log),
+            stderr,
         }
     }
 }

@@ -63,7 +63,6 @@ pub(crate) fn events(words: &[&str]) -> Vec<String> {
 /// Something that a script and a test tell each other, and wait for.
 pub(crate) struct Told<T>(Mutex<Receiver<T>>);
 
-/// Both ends of it.
 pub(crate) fn telling<T>() -> (Sender<T>, Told<T>) {
     let (tell, told) = channel();
     (tell, Told(Mutex::new(told)))
@@ -142,21 +141,33 @@ impl Upstream {
         change: impl FnOnce(&mut CertificateParams),
         script: impl Script,
     ) -> Self {
-        let folder = Folder::new();
-        let config = identity(names, change, &folder.join("ca.pem"));
-        Self::launch(Some(Arc::new(config)), folder, script)
+        let provider = aws_lc_rs::default_provider();
+        Self::with_tls(provider, ALL_VERSIONS, names, change, script)
     }
 
-    /// Serves over TLS of this version alone, by this provider.
+    /// The same over TLS of these versions, by this provider.
     pub(crate) fn with_tls(
         provider: CryptoProvider,
-        version: &'static SupportedProtocolVersion,
+        versions: &[&'static SupportedProtocolVersion],
+        names: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
         script: impl Script,
     ) -> Self {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let folder = Folder::new();
-        let file = folder.join("ca.pem");
-        let config = identity_by(provider, &[version], &["localhost"], |_| {}, &file);
-        Self::launch(Some(Arc::new(config)), folder, script)
+        fs::write(folder.join("ca.pem"), authority.pem()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let names: Vec<_> = names.iter().copied().map(str::to_owned).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        change(&mut params);
+        let certificate = params.signed_by(&key, &authority).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(provider));
+        let config = config.with_protocol_versions(versions).unwrap();
+        let config = config.with_no_client_auth();
+        let config = config.with_single_cert(vec![certificate.der().clone()], key.into());
+        Self::launch(Some(Arc::new(config.unwrap())), folder, script)
     }
 
     /// Serves without TLS.
@@ -208,7 +219,6 @@ impl Upstream {
         self.shared.tls.as_ref().map(|_| self.folder.join("ca.pem"))
     }
 
-    /// How many connections have been accepted.
     pub(crate) fn connections(&self) -> usize {
         self.shared.connections.load(Ordering::SeqCst)
     }
@@ -252,15 +262,14 @@ impl Shared {
         let mut wire = Wire::new(transport);
         while let Some(head) = wire.head()? {
             wire.body = head.framing(Framing::Length(0));
-            let seen = Seen {
-                connection,
-                framing: wire.body,
-                head,
-                body: Vec::new(),
-                complete: false,
-            };
             let mut exchange = Exchange {
-                seen,
+                seen: Seen {
+                    connection,
+                    framing: wire.body,
+                    head,
+                    body: Vec::new(),
+                    complete: false,
+                },
                 recorded: false,
                 wire: &mut wire,
                 socket: &socket,
@@ -285,7 +294,6 @@ pub(crate) struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    /// The value of a header, or nothing.
     pub(crate) fn header(&self, name: &str) -> String {
         self.seen.head.get(name).unwrap_or_default().to_owned()
     }
@@ -318,9 +326,8 @@ impl Exchange<'_> {
     /// Answers with a body of known length.
     pub(crate) fn answer(&mut self, status: &str, headers: &str, body: &[u8]) -> io::Result<()> {
         let length = body.len();
-        self.send(format!(
-            "HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\n\r\n"
-        ))?;
+        let head = format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\n\r\n");
+        self.send(head)?;
         self.send(body)
     }
 
@@ -331,8 +338,7 @@ impl Exchange<'_> {
 
     /// Sends a chunk; an empty one ends the answer.
     pub(crate) fn chunk(&mut self, data: impl AsRef<[u8]>) -> io::Result<()> {
-        let data = data.as_ref();
-        self.send([format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat())
+        self.send(super::http::chunk(data.as_ref()))
     }
 
     /// Answers with these events.
@@ -354,7 +360,6 @@ impl Exchange<'_> {
         Err(io::ErrorKind::ConnectionAborted.into())
     }
 
-    /// Resets the connection.
     pub(crate) fn reset(&mut self) -> io::Result<()> {
         reset_on_close(self.socket);
         Err(io::ErrorKind::ConnectionReset.into())
@@ -363,10 +368,9 @@ impl Exchange<'_> {
     /// Waits until the proxy has closed this connection; an error if it sends anything instead, or nothing at all.
     pub(crate) fn wait_until_left(&mut self) -> io::Result<()> {
         match self.wire.reader.fill_buf() {
-            Ok([]) => Ok(()),
-            Ok(_) => Err(io::Error::other("the proxy sent more")),
-            Err(error) if is_closed(&error) => Ok(()),
-            Err(error) => Err(error),
+            Ok([_, ..]) => Err(io::Error::other("the proxy sent more")),
+            Err(error) if !is_closed(&error) => Err(error),
+            _ => Ok(()),
         }
     }
 
@@ -396,45 +400,8 @@ impl Transport for StreamOwned<ServerConnection, TcpStream> {
     }
 }
 
-/// A certificate with its key, and its authority in a file.
-fn identity(
-    names: &[&str],
-    change: impl FnOnce(&mut CertificateParams),
-    authority_file: &Path,
-) -> ServerConfig {
-    let provider = aws_lc_rs::default_provider();
-    identity_by(provider, ALL_VERSIONS, names, change, authority_file)
-}
-
-fn identity_by(
-    provider: CryptoProvider,
-    versions: &[&'static SupportedProtocolVersion],
-    names: &[&str],
-    change: impl FnOnce(&mut CertificateParams),
-    authority_file: &Path,
-) -> ServerConfig {
-    let mut params = CertificateParams::new([]).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    fs::write(authority_file, authority.pem()).unwrap();
-    let key = KeyPair::generate().unwrap();
-    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-    let mut params = CertificateParams::new(names).unwrap();
-    change(&mut params);
-    let certificate = params.signed_by(&key, &authority).unwrap();
-    ServerConfig::builder_with_provider(Arc::new(provider))
-        .with_protocol_versions(versions)
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate.der().clone()], key.into())
-        .unwrap()
-}
-
 /// Makes the close of this socket a reset.
 pub(crate) fn reset_on_close(socket: &TcpStream) {
-    let at_once = linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    setsockopt(socket, Linger, &at_once).unwrap();
+    let (l_onoff, l_linger) = (1, 0);
+    setsockopt(socket, Linger, &linger { l_onoff, l_linger }).unwrap();
 }
