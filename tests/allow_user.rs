@@ -40,12 +40,13 @@ mod linux {
     }
 
     #[test]
-    fn a_named_user_is_served_and_others_are_refused_with_their_uid_in_the_log() {
+    fn a_named_user_is_served_and_others_are_refused_on_every_path_with_their_uid_in_the_log() {
         if !is_root_for("clients of several users") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let mut proxy = allowing(&upstream, [&*ALLOWED.to_string(), "root"]).start();
+        let launch = allowing(&upstream, [&*ALLOWED.to_string(), "root"]);
+        let mut proxy = launch.arg("--http-shutdown").start();
         for (uid, status, line) in [
             (ALLOWED, 200, "request "),
             (0, 200, "request "),
@@ -58,6 +59,34 @@ mod linux {
             proxy.wait_for_request(line, &[&words[0], &words[1]]);
         }
         assert_eq!(upstream.seen().len(), 3);
+        // On no path: neither to get through nor to stop it.
+        let requests = "POST /v1/responses|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
+        for request in requests.split('|') {
+            let mut client = client_of(REFUSED, &proxy);
+            let headers = "Host: localhost\r\nContent-Length: 2";
+            let bytes = format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}");
+            client.send(bytes).unwrap();
+            let response = client.response().unwrap();
+            assert_eq!(response.status(), 403, "{request}: {response:?}");
+            let message = response.error_message();
+            assert!(message.contains("user"), "{request}: {message}");
+            // It has said all that it may.
+            assert_eq!(client.until_closed().unwrap(), b"", "{request}");
+        }
+        let mut client = client_of(ALLOWED, &proxy);
+        assert_eq!(client.ask().unwrap().status(), 200);
+        assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
+        let run = proxy.wait();
+        assert_eq!(run.status.code(), Some(0), "{run:?}");
+        let of_refused = |line: &&String| line.contains(&format!("uid={REFUSED} "));
+        let lines = run.stderr.iter().filter(of_refused).count();
+        assert_eq!(
+            lines,
+            1 + requests.split('|').count(),
+            "one line each: {run:?}"
+        );
+        let bodies: Vec<_> = upstream.seen().into_iter().map(|seen| seen.body).collect();
+        assert_eq!(bodies, [b"{}"; 4]);
     }
 
     #[test]
@@ -81,38 +110,6 @@ mod linux {
     }
 
     #[test]
-    fn a_refused_user_gets_403_on_every_path_and_can_not_stop_it() {
-        if !is_root_for("a client of another user") {
-            return;
-        }
-        let upstream = Upstream::start(ok);
-        let launch = allowing(&upstream, [&*ALLOWED.to_string()]);
-        let proxy = launch.arg("--http-shutdown").start();
-        let requests = "POST /v1/responses|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
-        for request in requests.split('|') {
-            let mut client = client_of(REFUSED, &proxy);
-            let headers = "Host: localhost\r\nContent-Length: 2";
-            let bytes = format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}");
-            client.send(bytes).unwrap();
-            let response = client.response().unwrap();
-            assert_eq!(response.status(), 403, "{request}: {response:?}");
-            let message = response.error_message();
-            assert!(message.contains("user"), "{request}: {message}");
-            // It has said all that it may.
-            assert_eq!(client.until_closed().unwrap(), b"", "{request}");
-        }
-        let mut client = client_of(ALLOWED, &proxy);
-        assert_eq!(client.ask().unwrap().status(), 200);
-        assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
-        let run = proxy.wait();
-        assert_eq!(run.status.code(), Some(0), "{run:?}");
-        let of_refused = |line: &&String| line.contains(&format!("uid={REFUSED} "));
-        let lines = run.stderr.iter().filter(of_refused).count();
-        assert_eq!(lines, requests.split('|').count(), "one line each: {run:?}");
-        assert_eq!(upstream.only().body, b"{}");
-    }
-
-    #[test]
     fn a_refused_user_passes_for_nobody_else_by_leaving() {
         const EACH: usize = 60;
         if !is_root_for("clients of another user that leave") {
@@ -122,12 +119,7 @@ mod linux {
         // A socket that nobody owns any more says that it is root's.
         let launch = allowing(&upstream, ["root"]).arg("--http-shutdown");
         let proxy = launch.start();
-        let ways = [
-            "closes",
-            "resets",
-            "half closes",
-            "half closes, then closes",
-        ];
+        let ways = "closes|resets|half closes|half closes, then closes";
         let mut staying = Vec::new();
         // All of them have left before the proxy looks at the first; then, whatever comes first.
         for frozen in [true, false] {
@@ -135,7 +127,7 @@ mod linux {
                 proxy.freeze();
             }
             for number in 0..EACH {
-                for way in ways {
+                for way in ways.split('|') {
                     let mut client = client_of(REFUSED, &proxy);
                     let shutdown = "GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n";
                     let post = client.post_head("Content-Length: 2\r\n") + "{}";

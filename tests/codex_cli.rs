@@ -14,15 +14,11 @@ const QUESTION: &str = "Where does the key stay?";
 fn run(codex: &str, proxy: &Proxy) -> String {
     let home = Folder::new();
     let mut command = Command::new(codex);
-    command
-        .env_clear()
-        .env("PATH", env::var_os("PATH").unwrap());
+    command.env_clear();
     let url = format!("http://127.0.0.1:{}/v1", proxy.port);
-    let provider =
-        format!("{{ name = \"proxy\", base_url = \"{url}\", wire_api = \"responses\" }}");
-    let launch = Launch::of(command)
-        .env("HOME", &*home)
-        .env("CODEX_HOME", &*home);
+    let provider = format!("{{ name = 'proxy', base_url = '{url}', wire_api = 'responses' }}");
+    let launch = Launch::of(command).env("PATH", env::var_os("PATH").unwrap());
+    let launch = launch.env("HOME", &*home).env("CODEX_HOME", &*home);
     let launch = launch.args(["exec", "--skip-git-repo-check", QUESTION]);
     let launch = launch.args(["-c", "model_provider=\"proxy\"", "-c"]);
     let launch = launch.arg(format!("model_providers.proxy={provider}"));
@@ -36,10 +32,10 @@ fn replay(proxy: &Proxy) -> String {
     let mut client = proxy.client();
     let message = json!({ "type": "message", "role": "user", "content": [{ "type": "input_text", "text": QUESTION }] });
     let body = json!({ "model": "any", "input": [message], "stream": true, "store": false });
-    let headers =
-        "Accept: text/event-stream\r\nContent-Type: application/json\r\nOriginator: codex_exec\r\n";
-    client.post(headers, body.to_string()).unwrap();
-    let answer = String::from_utf8(client.response().unwrap().body).unwrap();
+    let types = "Accept: text/event-stream\r\nContent-Type: application/json\r\n";
+    let headers = format!("{types}Originator: codex_exec\r\n");
+    let answer = client.ask_with(&headers, body.to_string()).unwrap();
+    let answer = String::from_utf8(answer.body).unwrap();
     let lines = answer.lines();
     let data = lines.filter_map(|line| line.strip_prefix("data: ")?.parse::<Value>().ok());
     let delta = |event: Value| event["delta"].as_str().unwrap_or_default().to_owned();

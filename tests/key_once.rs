@@ -6,8 +6,7 @@ mod support;
 
 use procfs::process::{MMPermissions, VmFlags};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Barrier};
-use std::thread;
+use std::{sync::Barrier, thread};
 use support::*;
 
 /// As many connections at once, each with as many requests one after the other.
@@ -36,9 +35,9 @@ fn case(number: usize) -> (&'static str, Option<u16>) {
 /// One that takes more than the sockets on the way do of it, and is ended at the end.
 const STUCK: &str = "an upload that is stuck";
 
-fn stand_in(start: fn(Answers) -> Upstream, ended: Told<()>) -> Upstream {
-    let all_open = Arc::new(Barrier::new(CONNECTIONS));
-    start(Box::new(move |exchange| {
+fn stand_in(ended: Told<()>) -> impl Script {
+    let all_open = Barrier::new(CONNECTIONS);
+    move |exchange: &mut Exchange<'_>| {
         let case = exchange.header("x-case");
         if case == STUCK {
             return ended.wait();
@@ -58,10 +57,8 @@ fn stand_in(start: fn(Answers) -> Upstream, ended: Told<()>) -> Upstream {
             }
             _ => exchange.answer_events(&["data: one\n\n", "data: two\n\n"]),
         }
-    }))
+    }
 }
-
-type Answers = Box<dyn Fn(&mut support::Exchange<'_>) -> std::io::Result<()> + Send + Sync>;
 
 /// Makes request after request on a connection, or on a new one where the last has ended; the last is kept.
 fn ask(port: u16, requests: usize) -> Client {
@@ -100,8 +97,7 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let header = format!("X-Case: {STUCK}\r\nContent-Length: 500000000\r\n");
-            let head = client.post_head(&header);
-            client.send(head).unwrap();
+            client.send(client.post_head(&header)).unwrap();
             let piece = vec![b'x'; 1 << 16];
             while client.send(&piece).is_ok() {
                 sent.fetch_add(1, SeqCst);
@@ -115,16 +111,15 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
 }
 
 /// Has the proxy do all that there is, this often on each connection, and looks for the key in all of its memory.
-fn assert_once(
-    start: fn(Answers) -> Upstream,
-    requests: usize,
-    more: impl FnOnce(Launch) -> Launch,
-) {
+fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launch) {
     if !is_root_for("reading all of the proxy's memory") {
         return;
     }
     let (end, ended) = telling();
-    let upstream = stand_in(start, ended);
+    let upstream = match is_tls {
+        true => Upstream::start(stand_in(ended)),
+        false => Upstream::plain(stand_in(ended)),
+    };
     let proxy = more(Launch::to(&upstream)).start();
     let port = proxy.port;
     let clients = [(); CONNECTIONS].map(|()| thread::spawn(move || ask(port, requests)));
@@ -138,9 +133,9 @@ fn assert_once(
         assert_eq!(seen.head.all("authorization"), [&bearer]);
     }
     let complete = seen.iter().filter(|seen| seen.complete).count();
-    let expected =
-        |number: &usize| !["refused", "an upload that is aborted"].contains(&case(*number).0);
-    let expected = (0..requests).filter(expected).count();
+    let incomplete = ["refused", "an upload that is aborted"];
+    let cases = (0..requests).map(|number| case(number).0);
+    let expected = cases.filter(|case| !incomplete.contains(case)).count();
     assert_eq!(complete, CONNECTIONS * expected);
     assert!(upstream.connections() >= CONNECTIONS);
 
@@ -173,7 +168,7 @@ fn assert_once(
 #[test]
 fn after_10_000_requests_the_key_is_in_one_locked_page_and_nowhere_else() {
     // Even a key that is in the environment as well, as with `printenv OPENAI_API_KEY | …`.
-    assert_once(Upstream::start, 315, |launch| {
+    assert_once(true, 315, |launch| {
         let launch = launch.env("OPENAI_API_KEY", KEY);
         launch.env("OTHER", format!("a {KEY} b"))
     });
@@ -186,9 +181,8 @@ fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
     }
     for length in [20, 100, 132, 300, 520, 1000, 1017] {
         // No two lengths have the same parts, and no part comes twice.
-        let key: String = (0..length)
-            .map(|n| char::from(b'a' + (n * n % 251 % 26) as u8))
-            .collect();
+        let letter = |n| char::from(b'a' + (n * n % 251 % 26) as u8);
+        let key: String = (0..length).map(letter).collect();
         let launch = Launch::new().input(&*key).env("OPENAI_API_KEY", &key);
         let proxy = launch.env("ANOTHER", format!("{key}{key}")).start();
         proxy.freeze();
@@ -200,8 +194,8 @@ fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
 #[test]
 fn neither_dumps_nor_an_upstream_without_tls_leave_it_anywhere_else() {
     let folder = Folder::new();
-    assert_once(Upstream::start, 14, |launch| {
+    assert_once(true, 14, |launch| {
         launch.arg("--dump-dir").arg(folder.join("dumps"))
     });
-    assert_once(Upstream::plain, 14, |launch| launch);
+    assert_once(false, 14, |launch| launch);
 }

@@ -20,15 +20,14 @@ fn idle_clients_and_half_sent_heads_keep_nobody_waiting() {
     raise_descriptor_limit(5_000);
     let (_upstream, proxy) = serve(ok);
     let mut idle: Vec<_> = (0..2_000).map(|_| proxy.client()).collect();
-    let mut half: Vec<_> = (0..200)
-        .map(|number| {
-            let mut client = proxy.client();
-            let head = client.post_head("Content-Length: 2\r\n");
-            let (sent, rest) = head.split_at(1 + number % (head.len() - 1));
-            client.send(sent).unwrap();
-            (client, rest.to_owned() + "{}")
-        })
-        .collect();
+    let begin = |number| {
+        let mut client = proxy.client();
+        let head = client.post_head("Content-Length: 2\r\n");
+        let (sent, rest) = head.split_at(1 + number % (head.len() - 1));
+        client.send(sent).unwrap();
+        (client, rest.to_owned() + "{}")
+    };
+    let mut half: Vec<_> = (0..200).map(begin).collect();
     let started = Instant::now();
     assert_eq!(proxy.ask().status(), 200);
     let took = started.elapsed();

@@ -27,10 +27,10 @@ fn check(expected: Outcome, requests: impl IntoIterator<Item = impl Into<Vec<u8>
     check_with(&[], expected, requests);
 }
 
-fn check_with(
+fn check_with<R: Into<Vec<u8>>>(
     args: &[&str],
     expected: Outcome,
-    requests: impl IntoIterator<Item = impl Into<Vec<u8>>>,
+    requests: impl IntoIterator<Item = R>,
 ) {
     let upstream = Upstream::start(ok);
     let mut proxy = Launch::to(&upstream).args(args).start();
@@ -190,8 +190,9 @@ fn a_refused_request_is_not_asked_for_its_body_and_does_not_harm_the_next() {
     let expects = "Origin: null\r\nExpect: 100-continue\r\nContent-Length: 5\r\n";
     for (method, headers) in [("POST", expects), ("HEAD", "Connection: close\r\n")] {
         let mut client = proxy.client();
-        let head = client.post_head(headers).replace("POST", method);
-        client.send(head).unwrap();
+        client
+            .send(client.post_head(headers).replace("POST", method))
+            .unwrap();
         assert_eq!(client.head().unwrap().status(), 403, "no 100 before");
         if method != "HEAD" {
             client.rest().unwrap();
@@ -211,14 +212,12 @@ fn a_refused_request_is_not_asked_for_its_body_and_does_not_harm_the_next() {
 fn the_body_of_a_refused_request_is_never_taken_for_a_request() {
     let put = |framing: &str, body: &str| post(framing, body).replace("POST", "PUT");
     let chunks = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
-    check(
-        Refused,
-        [
-            put(&format!("Content-Length: {}\r\n", HIDDEN.len()), HIDDEN),
-            put("Transfer-Encoding: chunked\r\n", &chunks),
-            put("Content-Length: 100000\r\n", HIDDEN),
-        ],
-    );
+    let requests = [
+        put(&format!("Content-Length: {}\r\n", HIDDEN.len()), HIDDEN),
+        put("Transfer-Encoding: chunked\r\n", &chunks),
+        put("Content-Length: 100000\r\n", HIDDEN),
+    ];
+    check(Refused, requests);
 }
 
 #[test]
@@ -299,15 +298,13 @@ fn heads_that_are_no_http() {
     let well_formed = post("Content-Length: 2\r\n", "{}");
     let of = |host| well_formed.replace("Host: localhost\r\n", host);
     check(Malformed, hosts.split('|').map(of));
-    check(
-        Malformed,
-        [
-            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".as_slice(),
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
-            b"POST /v1/responses\r\n\r\n",
-            b"POST /v1/responses HTTP/1.1\r\n Host: localhost\r\n\r\n",
-        ],
-    );
+    let others = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".as_slice(),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+        b"POST /v1/responses\r\n\r\n",
+        b"POST /v1/responses HTTP/1.1\r\n Host: localhost\r\n\r\n",
+    ];
+    check(Malformed, others);
 }
 
 #[test]
@@ -317,20 +314,18 @@ fn heads_that_are_too_large_or_just_small_enough() {
         (0..count).map(|n| format!("X-{n}: {value}\r\n")).collect()
     };
     let of = |headers: String| post(&format!("{headers}Content-Length: 2\r\n"), "{}");
-    check(
-        Malformed,
-        [
-            of(headers(1, &kib(65))),
-            of(headers(1, &kib(2000))),
-            of(headers(33, &kib(2))),
-            of(format!("{}: a\r\n", kib(66))),
-            start(&format!("POST /v1/responses?{} HTTP/1.1", kib(66))),
-            start(&format!("{} /v1/responses HTTP/1.1", kib(66))),
-            of(headers(127, "1")),
-            of(headers(1000, "1")),
-            format!("POST /v1/responses HTTP/1.1\r\n{}", kib(70)),
-        ],
-    );
+    let too_large = [
+        of(headers(1, &kib(65))),
+        of(headers(1, &kib(2000))),
+        of(headers(33, &kib(2))),
+        of(format!("{}: a\r\n", kib(66))),
+        start(&format!("POST /v1/responses?{} HTTP/1.1", kib(66))),
+        start(&format!("{} /v1/responses HTTP/1.1", kib(66))),
+        of(headers(127, "1")),
+        of(headers(1000, "1")),
+        format!("POST /v1/responses HTTP/1.1\r\n{}", kib(70)),
+    ];
+    check(Malformed, too_large);
     // 128 headers with `Host` and `Content-Length`, and nearly 64 KiB.
     let most = "x".repeat(64 * 1024 - 200);
     check(Served, [of(headers(126, "1")), of(headers(1, &most))]);
