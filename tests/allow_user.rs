@@ -80,11 +80,8 @@ mod linux {
         assert_eq!(run.status.code(), Some(0), "{run:?}");
         let of_refused = |line: &&String| line.contains(&format!("uid={REFUSED} "));
         let lines = run.stderr.iter().filter(of_refused).count();
-        assert_eq!(
-            lines,
-            1 + requests.split('|').count(),
-            "one line each: {run:?}"
-        );
+        let expected = 1 + requests.split('|').count();
+        assert_eq!(lines, expected, "one line each: {run:?}");
         let bodies: Vec<_> = upstream.seen().into_iter().map(|seen| seen.body).collect();
         assert_eq!(bodies, [b"{}"; 4]);
     }
@@ -202,12 +199,12 @@ dave:x:3900104:3900104::/:/bin/sh
             (others, [200, 403, 403, 200, 403]),
             ("", [200, 403, 403, 403, 403]),
         ];
-        let mounts = [
-            ("passwd", USERS),
-            ("group", both),
-            ("nsswitch.conf", "passwd: files\ngroup: files\n"),
+        let files_only = "passwd: files\ngroup: files\n";
+        let mounts = vec![
+            file("passwd", USERS),
+            file("group", both),
+            file("nsswitch.conf", files_only),
         ];
-        let mounts = mounts.map(|(name, content)| file(name, content)).into();
         let upstream = Upstream::start(ok);
         let launch = allowing(&upstream, ["alice", "@developers", "@primary"]);
         let Some(proxy) = start_with_mounts(what, launch, mounts) else {
@@ -237,17 +234,13 @@ dave:x:3900104:3900104::/:/bin/sh
             (libc::BPF_RET, 0, DENIED),
             (libc::BPF_RET, 0, libc::SECCOMP_RET_ALLOW),
         ];
-        let mut filter = filter.map(|(code, jf, k)| libc::sock_filter {
-            code: code as u16,
-            jt: 0,
-            jf,
-            k,
+        let mut filter = filter.map(|(code, jf, k)| {
+            let (code, jt) = (code as u16, 0);
+            libc::sock_filter { code, jt, jf, k }
         });
         launch.before_start(move || {
-            let program = libc::sock_fprog {
-                len: filter.len() as u16,
-                filter: filter.as_mut_ptr(),
-            };
+            let (len, filter) = (filter.len() as u16, filter.as_mut_ptr());
+            let program = libc::sock_fprog { len, filter };
             nix::sys::prctl::set_no_new_privs()?;
             let mode = libc::SECCOMP_MODE_FILTER;
             // SAFETY: `program` has a filter of its length, which lives through the call; the others are integers.

@@ -103,9 +103,8 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
         ("sk-c", "\r\n"),
         ("k_Z-09", "\n"),
     ] {
-        let proxy = launch(&format!("{key}{end}"))
-            .arg("--http-shutdown")
-            .start();
+        let launch = launch(&format!("{key}{end}"));
+        let proxy = launch.arg("--http-shutdown").start();
         let mut client = proxy.client();
         let response = client.ask_with("Authorization: Bearer theirs\r\n", "{}");
         assert_eq!(response.unwrap().status(), 200, "{key}");
@@ -120,10 +119,8 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
     let refused = REFUSED.split('|').map(|line| (line, 403));
     for (line, expected) in refused.chain([("POST /v1/responses", 200)]) {
         let mut client = proxy.client();
-        let headers = "Host: localhost\r\nContent-Length: 0\r\n\r\n";
-        client
-            .send(format!("{line} HTTP/1.1\r\n{headers}"))
-            .unwrap();
+        let head = format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n");
+        client.send(head).unwrap();
         assert_eq!(client.response().unwrap().status(), expected, "{line}");
     }
     let info = fs::read_to_string(&file).unwrap();

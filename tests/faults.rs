@@ -89,10 +89,8 @@ fn an_answer_that_is_none_is_a_502_and_the_request_is_not_sent_again() {
                 assert_eq!(client.ask().unwrap().status(), 200, "before {name}");
                 proxy.wait_for_request("request ", &["status=200"]);
             }
-            client
-                .post(&format!("X-Fault: {number}\r\n"), "{}")
-                .unwrap();
-            let response = client.response().expect(&name);
+            let header = format!("X-Fault: {number}\r\n");
+            let response = client.ask_with(&header, "{}").expect(&name);
             assert_eq!(response.status(), 502, "{name}: {response:?}");
             let message = response.error_message();
             assert!(!message.contains(KEY), "{name}: {message}");
@@ -153,9 +151,8 @@ fn an_upstream_that_breaks_off_breaks_the_answer_off() {
             let mut client = proxy.client();
             let headers = format!("X-Fault: {number}\r\nX-When: {when}\r\n");
             let head = client.post_head(&headers);
-            client
-                .send(head.replace("1.1\r", &format!("{version}\r")))
-                .unwrap();
+            let head = head.replace("1.1\r", &format!("{version}\r"));
+            client.send(head).unwrap();
             // A reset may overtake what was sent before it.
             let comes = when == "later" || !name.contains("reset");
             if comes {
@@ -347,7 +344,7 @@ fn what_comes_behind_an_answer_is_nobodys() {
 fn upload(proxy: &Proxy, then: &str, header: &str, sent: usize) -> Client {
     let mut client = proxy.client();
     let headers = format!("X-Then: {then}\r\n{header}\r\n");
-    client.send(client.post_head(&headers)).unwrap();
+    client.send_head(&headers).unwrap();
     let piece = "x".repeat(10_000);
     for _ in 0..sent / 10_000 {
         match header.contains("chunked") {

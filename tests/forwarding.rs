@@ -86,7 +86,7 @@ fn a_client_that_expects_100_continue_gets_it_before_its_body() {
     let (upstream, proxy) = serve(ok);
     let mut client = proxy.client();
     let headers = "Expect: 100-continue\r\nContent-Length: 5\r\n";
-    client.send(client.post_head(headers)).unwrap();
+    client.send_head(headers).unwrap();
     assert_eq!(client.head().unwrap().status(), 100);
     client.send("hello").unwrap();
     assert_eq!(client.response().unwrap().status(), 200);
@@ -95,7 +95,7 @@ fn a_client_that_expects_100_continue_gets_it_before_its_body() {
     assert_eq!(seen.body, b"hello");
 }
 
-/// Answers of an upstream: status, headers in lower case and in order, body.
+/// Answers of an upstream: status, a header in lower case, body.
 const ANSWERS: &str = "200 OK|x-request-id: r|{}
 202 Accepted||
 307 Temporary Redirect|location: https://elsewhere.example/v1/responses|moved
@@ -105,33 +105,35 @@ const ANSWERS: &str = "200 OK|x-request-id: r|{}
 403 Forbidden||theirs, not ours
 404 Not Found||
 413 Content Too Large||large
-429 Too Many Requests|retry-after: 20;x-ratelimit-reset-requests: 1s|slower
+429 Too Many Requests|retry-after: 20|slower
 500 Internal Server Error||oops
 502 Bad Gateway||theirs, not ours
-503 Service Unavailable|retry-after: 5|later
+503 Service Unavailable|x-ratelimit-reset-requests: 1s|later
 529 Site Is Overloaded||x";
+
+fn parts(answer: &str) -> [&str; 3] {
+    answer.split('|').collect::<Vec<_>>().try_into().unwrap()
+}
 
 #[test]
 fn statuses_come_back_with_their_headers_and_bodies() {
     let (upstream, proxy) = serve(|exchange| {
         let answer = String::from_utf8(exchange.body()?.to_vec()).unwrap();
-        let [status, headers, body] = answer.split('|').collect::<Vec<_>>()[..] else {
-            panic!("{answer}");
-        };
-        let headers = headers.replace(';', "\r\n") + "\r\n";
-        exchange.answer(status, headers.trim_start(), body.as_bytes())
+        let [status, header, body] = parts(&answer);
+        exchange.answer(
+            status,
+            format!("{header}\r\n").trim_start(),
+            body.as_bytes(),
+        )
     });
     let mut client = proxy.client();
     for answer in ANSWERS.lines() {
         let response = client.ask_with("", answer).unwrap();
-        let (status, rest) = answer.split_at(3);
-        assert_eq!(response.status().to_string(), status);
-        let (headers, body) = rest.split_once('|').unwrap().1.split_once('|').unwrap();
+        let [status, header, body] = parts(answer);
+        assert_eq!(response.status().to_string(), status[..3]);
         assert_eq!(response.body, body.as_bytes(), "{answer}");
-        let length = format!("content-length: {}", body.len());
-        let headers = headers.split(';').filter(|line| !line.is_empty());
-        let mut expected: Vec<_> = headers.chain([&*length]).collect();
-        expected.sort_unstable();
+        let mut expected = vec![format!("content-length: {}", body.len()), header.to_owned()];
+        expected.retain(|line| !line.is_empty());
         let why = "nothing is added, nothing is lost";
         assert_eq!(response.head.sorted(), expected, "{why}: {answer}");
     }
@@ -227,7 +229,7 @@ fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
         let name = format!("{version} {header:?}");
         let mut client = proxy.client();
         let head = client.post_head(&format!("{header}Content-Length: 2\r\n"));
-        let head = head.replace("HTTP/1.1", &format!("HTTP/{version}"));
+        let head = head.replace("1.1\r", &format!("{version}\r"));
         client.send(head + "{}").unwrap();
         let response = client.response().unwrap();
         assert_eq!(response.status(), 200, "{name}");
@@ -316,9 +318,7 @@ fn large_bodies_and_answers_pass_whole() {
     let answer = client.ask_with("", large()).unwrap();
     assert!(answer.head.get("content-length").is_some());
     assert!(answer.body == large(), "{} bytes", answer.body.len());
-    client
-        .send(client.post_head("Transfer-Encoding: chunked\r\n"))
-        .unwrap();
+    client.send_head("Transfer-Encoding: chunked\r\n").unwrap();
     pieces().for_each(|piece| client.chunk(piece).unwrap());
     client.chunk("").unwrap();
     let answer = client.response().unwrap();

@@ -97,7 +97,7 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let header = format!("X-Case: {STUCK}\r\nContent-Length: 500000000\r\n");
-            client.send(client.post_head(&header)).unwrap();
+            client.send_head(&header).unwrap();
             let piece = vec![b'x'; 1 << 16];
             while client.send(&piece).is_ok() {
                 sent.fetch_add(1, SeqCst);

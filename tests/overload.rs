@@ -43,21 +43,6 @@ fn idle_clients_and_half_sent_heads_keep_nobody_waiting() {
     }
 }
 
-/// Waits with a client that isn't served until it is, once `room` is made.
-fn assert_waits_quietly(proxy: &mut Proxy, room: impl FnOnce()) {
-    let mut waiting = proxy.client();
-    waiting.post("", "{}").unwrap();
-    assert_sleeps(proxy);
-    waiting.socket().set_nonblocking(true).unwrap();
-    let held_back = waiting.socket().peek(&mut [0]).unwrap_err();
-    assert_eq!(held_back.kind(), ErrorKind::WouldBlock);
-    waiting.socket().set_nonblocking(false).unwrap();
-    assert!(proxy.is_running());
-    room();
-    assert_eq!(waiting.response().unwrap().status(), 200);
-    assert_eq!(waiting.ask().unwrap().status(), 200);
-}
-
 #[test]
 fn more_clients_than_descriptors_wait_their_turn_and_it_neither_spins_nor_dies() {
     let upstream = Upstream::start(ok);
@@ -72,7 +57,17 @@ fn more_clients_than_descriptors_wait_their_turn_and_it_neither_spins_nor_dies()
         if !knows {
             proxy.wait_for_line(|line| line.contains("cannot accept"));
         }
-        assert_waits_quietly(&mut proxy, || drop(clients));
+        let mut waiting = proxy.client();
+        waiting.post("", "{}").unwrap();
+        assert_sleeps(&proxy);
+        waiting.socket().set_nonblocking(true).unwrap();
+        let held_back = waiting.socket().peek(&mut [0]).unwrap_err();
+        assert_eq!(held_back.kind(), ErrorKind::WouldBlock);
+        waiting.socket().set_nonblocking(false).unwrap();
+        assert!(proxy.is_running());
+        drop(clients);
+        assert_eq!(waiting.response().unwrap().status(), 200);
+        assert_eq!(waiting.ask().unwrap().status(), 200);
         if knows {
             // As many at once as find room: none fails for want of a descriptor to the upstream or for its dump.
             let mut clients = [(); 100].map(|()| proxy.client());
@@ -261,7 +256,7 @@ fn a_slow_upstream_slows_a_fast_upload_down() {
     let answer = thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let headers = "X-Flood: 1\r\nTransfer-Encoding: chunked\r\n";
-            client.send(client.post_head(headers))?;
+            client.send_head(headers)?;
             flood.run(|piece| client.chunk(piece))?;
             client.chunk("")?;
             client.response()

@@ -39,23 +39,21 @@ fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {
 #[test]
 fn an_unusable_url_or_proxy_is_one_sentence_that_says_where_it_is_and_does_not_repeat_it() {
     // The modules that take them apart have many more.
-    for (given, value) in [
-        (
-            "--upstream-url",
-            b"http://127.0.0.1.hunter2.example/".as_slice(),
-        ),
-        ("--upstream-url", b"http://0.0.0.0/hunter2"),
-        ("--upstream-url", b"http://localhost:80@hunter2.example/"),
-        ("--upstream-url", b"https://localhost:http/hunter2"),
-        (
-            "--upstream-url",
-            b"https://localhost/v1/hunter2\r\nX-Header: 1",
-        ),
-        ("--upstream-url", b"https://[::1/hunter2"),
-        ("HTTPS_PROXY", b"socks5://hunter2:1080"),
+    let urls = [
+        "http://127.0.0.1.hunter2.example/",
+        "http://0.0.0.0/hunter2",
+        "http://localhost:80@hunter2.example/",
+        "https://localhost:http/hunter2",
+        "https://localhost/v1/hunter2\r\nX-Header: 1",
+        "https://[::1/hunter2",
+    ];
+    let proxies = [
+        ("HTTPS_PROXY", b"socks5://hunter2:1080".as_slice()),
         ("ALL_PROXY", b"http://user:hunter2@"),
         ("HTTPS_PROXY", b"http://\xff"),
-    ] {
+    ];
+    let urls = urls.map(|url| ("--upstream-url", url.as_bytes()));
+    for (given, value) in urls.into_iter().chain(proxies) {
         let launch = Launch::before_the_key();
         let value = OsStr::from_bytes(value);
         let launch = match given.starts_with('-') {
@@ -104,12 +102,8 @@ fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
     let ours = ["file/info.json", "folder", "fifo"].map(|name| folder.join(name));
     let devices = ["/dev/null", "/dev/stdout", "/dev/info.json", "/"].map(PathBuf::from);
-    for path in ours
-        .iter()
-        .chain(&devices)
-        .map(PathBuf::as_path)
-        .chain([nobody_can])
-    {
+    let all = ours.iter().chain(&devices).map(PathBuf::as_path);
+    for path in all.chain([nobody_can]) {
         if path == nobody_can && !Path::new("/proc/self").exists() {
             skip("a place where nobody can write", "no /proc here");
             continue;

@@ -58,9 +58,7 @@ fn the_first_byte_of_a_slow_body_is_with_the_upstream_before_the_second() {
     for chunked in [false, true] {
         let mut client = proxy.client();
         let headers = ["Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n"];
-        client
-            .send(client.post_head(headers[usize::from(chunked)]))
-            .unwrap();
+        client.send_head(headers[usize::from(chunked)]).unwrap();
         for byte in ["a", "b", "c"] {
             match chunked {
                 true => client.chunk(byte).unwrap(),

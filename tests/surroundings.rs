@@ -68,17 +68,15 @@ mod linux {
             return;
         }
         let outcome = thread::spawn(move || {
-            if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
-                return Err(format!("no network of its own: {error}"));
-            }
+            let unshared = unshare(CloneFlags::CLONE_NEWNET);
+            unshared.map_err(|error| format!("no network of its own: {error}"))?;
             for words in ["link set lo up", "addr add 192.0.2.1/32 dev lo"] {
                 let done = Command::new("ip").args(words.split(' ')).status();
-                if !done.is_ok_and(|status| status.success()) {
-                    return Err("no `ip` (iproute2)".to_owned());
-                }
+                let done = done.is_ok_and(|status| status.success());
+                done.then_some(()).ok_or("no `ip` (iproute2)")?;
             }
             run();
-            Ok(())
+            Ok::<_, String>(())
         });
         if let Err(why) = outcome.join().unwrap() {
             skip(what, &why);

@@ -50,7 +50,6 @@ impl Client {
         self.wire.reader.get_ref()
     }
 
-    /// Writes these bytes and nothing else.
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.wire.reader.get_mut().write_all(bytes.as_ref())
     }
@@ -61,11 +60,16 @@ impl Client {
         format!("POST /v1/responses HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}\r\n")
     }
 
+    /// Sends such a head and nothing more.
+    pub(crate) fn send_head(&mut self, headers: &str) -> io::Result<()> {
+        self.send(self.post_head(headers))
+    }
+
     /// Sends a well-formed request whose body has a known length.
     pub(crate) fn post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
         let body = body.as_ref();
         let length = format!("{headers}Content-Length: {}\r\n", body.len());
-        self.send(self.post_head(&length))?;
+        self.send_head(&length)?;
         self.send(body)
     }
 
@@ -115,7 +119,6 @@ impl Client {
         self.wire.rest()
     }
 
-    /// The next answer as a whole.
     pub(crate) fn response(&mut self) -> io::Result<Response> {
         let head = self.head()?;
         let body = self.rest()?;
@@ -133,7 +136,6 @@ impl Client {
         let _ = self.socket().shutdown(Shutdown::Write);
     }
 
-    /// Closes the connection with a reset instead of the usual end.
     pub(crate) fn reset(self) {
         super::upstream::reset_on_close(self.socket());
     }

@@ -6,10 +6,8 @@ use std::time::Duration;
 /// How long anything that must happen may take. Only a test that fails waits this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The head of a request or a response.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Head {
-    /// The first line.
     pub(crate) start: String,
     /// Names and values in order, as they came; a byte above 0x7f is the `char` of that number.
     pub(crate) fields: Vec<(String, String)>,
@@ -29,7 +27,6 @@ impl Head {
         Ok(Self { start, fields })
     }
 
-    /// Every value of a header, in order.
     pub(crate) fn all(&self, name: &str) -> Vec<&str> {
         let fields = self.fields.iter();
         let of_name = fields.filter(|(other, _)| other.eq_ignore_ascii_case(name));
@@ -68,7 +65,6 @@ impl Head {
     }
 }
 
-/// How a body ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Framing {
     Length(u64),

@@ -33,7 +33,6 @@ pub(crate) fn descriptors(proxy: &Proxy) -> usize {
     process(proxy).fd_count().unwrap()
 }
 
-/// Whether it waits for something to happen.
 pub(crate) fn sleeps(process: &Process) -> bool {
     process.stat().unwrap().state().unwrap() == ProcState::Sleeping
 }

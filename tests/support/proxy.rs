@@ -14,7 +14,6 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The program under test.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_codex-responses-api-proxy");
 
 /// The key that tests give unless they say otherwise. Long enough that no part of it turns up by chance.
@@ -56,12 +55,10 @@ impl Launch {
         Self::new().trusting(upstream).url(&upstream.url())
     }
 
-    /// With this upstream.
     pub(crate) fn url(self, url: &str) -> Self {
         self.args(["--upstream-url", url])
     }
 
-    /// With the stand-in's authority.
     pub(crate) fn trusting(self, upstream: &Upstream) -> Self {
         match upstream.authority() {
             Some(file) => self.arg("--upstream-ca").arg(file),
@@ -150,14 +147,12 @@ impl Launch {
         })
     }
 
-    /// Starts the program and waits until it listens.
     pub(crate) fn start(self) -> Proxy {
         let mut proxy = self.spawn();
         proxy.wait_until_listening();
         proxy
     }
 
-    /// Runs the program to its end.
     pub(crate) fn finish(self) -> Finished {
         self.spawn().wait()
     }
@@ -193,7 +188,6 @@ pub(crate) struct Proxy {
     pub(crate) log: Vec<String>,
 }
 
-/// How a run of the program ended.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) status: ExitStatus,
@@ -223,7 +217,6 @@ impl Proxy {
         self.port = port.trim().parse().unwrap_or_else(|_| panic!("{line:?}"));
     }
 
-    /// Waits for a line on stderr like this one.
     pub(crate) fn wait_for_line(&mut self, like: impl Fn(&str) -> bool) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {

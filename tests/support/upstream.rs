@@ -69,7 +69,6 @@ pub(crate) fn telling<T>() -> (Sender<T>, Told<T>) {
 }
 
 impl<T> Told<T> {
-    /// Waits until it is told, or for long enough.
     pub(crate) fn wait(&self) -> io::Result<T> {
         self.within(PATIENCE)
     }
@@ -170,7 +169,6 @@ impl Upstream {
         Self::launch(Some(Arc::new(config.unwrap())), folder, script)
     }
 
-    /// Serves without TLS.
     pub(crate) fn plain(script: impl Script) -> Self {
         Self::launch(None, Folder::new(), script)
     }
@@ -228,7 +226,6 @@ impl Upstream {
         self.shared.seen.lock().unwrap().clone()
     }
 
-    /// The one request that came.
     pub(crate) fn only(&self) -> Seen {
         let [only] = self.seen().try_into().expect("one request");
         only
@@ -283,9 +280,7 @@ impl Shared {
     }
 }
 
-/// A request being served.
 pub(crate) struct Exchange<'a> {
-    /// What has come of it.
     pub(crate) seen: Seen,
     recorded: bool,
     wire: &'a mut Wire<Box<dyn Transport>>,
@@ -308,7 +303,6 @@ impl Exchange<'_> {
         Ok(piece)
     }
 
-    /// The request's whole body.
     pub(crate) fn body(&mut self) -> io::Result<&[u8]> {
         while self.piece()?.is_some() {}
         // From here on the test may look: it often learns from the answer that the request has come.
@@ -316,14 +310,12 @@ impl Exchange<'_> {
         Ok(&self.seen.body)
     }
 
-    /// Writes these bytes and nothing else.
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         let stream = self.wire.reader.get_mut();
         stream.write_all(bytes.as_ref())?;
         stream.flush()
     }
 
-    /// Answers with a body of known length.
     pub(crate) fn answer(&mut self, status: &str, headers: &str, body: &[u8]) -> io::Result<()> {
         let length = body.len();
         let head = format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\n\r\n");
@@ -341,7 +333,6 @@ impl Exchange<'_> {
         self.send(super::http::chunk(data.as_ref()))
     }
 
-    /// Answers with these events.
     pub(crate) fn answer_events(&mut self, events: &[impl AsRef<[u8]>]) -> io::Result<()> {
         self.begin_events()?;
         events.iter().try_for_each(|event| self.chunk(event))?;
@@ -381,9 +372,7 @@ impl Exchange<'_> {
     }
 }
 
-/// A connection, with or without TLS.
 trait Transport: Read + Write {
-    /// Says that this is the end.
     fn end(&mut self) -> io::Result<()>;
 }
 
@@ -400,7 +389,6 @@ impl Transport for StreamOwned<ServerConnection, TcpStream> {
     }
 }
 
-/// Makes the close of this socket a reset.
 pub(crate) fn reset_on_close(socket: &TcpStream) {
     let (l_onoff, l_linger) = (1, 0);
     setsockopt(socket, Linger, &linger { l_onoff, l_linger }).unwrap();
