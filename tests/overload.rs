@@ -134,7 +134,7 @@ fn streams_that_are_abandoned_at_once_leave_nothing_behind() {
             good.ask().unwrap();
             descriptors(&proxy) <= before
         });
-        own_memory(&proxy)
+        memory(&proxy).0
     });
     // Each of the 400 streams after the first round would have left 5 KiB or less.
     assert!(memory[4] < memory[0] + 2 * MIB, "{memory:?}");
@@ -172,7 +172,7 @@ fn thousands_of_requests_leave_memory_level() {
             drop(leaves);
             assert!(left.wait().unwrap());
         }
-        own_memory(&proxy)
+        memory(&proxy).0
     };
     rounds(ROUNDS / 3);
     let (half, whole) = (rounds(ROUNDS), rounds(ROUNDS));
@@ -212,7 +212,7 @@ impl Flood {
         wait_until("it has begun", || self.sent() > MIB);
         wait_until_still(proxy, || self.sent());
         assert!(self.sent() < STUCK, "{} bytes went in", self.sent());
-        let grown = peak_memory(proxy).saturating_sub(before);
+        let grown = memory(proxy).1.saturating_sub(before);
         assert!(grown < 8 * MIB, "{grown} bytes more");
         assert_eq!(proxy.ask().status(), 200);
         self.enough.store(true, SeqCst);
@@ -233,7 +233,7 @@ fn a_slow_reader_of_a_fast_stream_slows_the_upstream_down() {
     });
     let mut client = proxy.client();
     client.ask().unwrap();
-    let before = peak_memory(&proxy);
+    let before = memory(&proxy).1;
     client.post("", "flood").unwrap();
     client.head().unwrap();
     flood.assert_gets_stuck(&proxy, before);
@@ -251,7 +251,7 @@ fn a_slow_upstream_slows_a_fast_upload_down() {
     });
     let mut client = proxy.client();
     client.ask().unwrap();
-    let before = peak_memory(&proxy);
+    let before = memory(&proxy).1;
     let flood = Flood::default();
     let answer = thread::scope(|scope| {
         let sender = scope.spawn(|| {

@@ -18,14 +18,10 @@ pub(crate) fn process(proxy: &Proxy) -> Process {
     Process::new(proxy.pid().as_raw()).unwrap()
 }
 
-/// The memory that it holds for itself now, in bytes.
-pub(crate) fn own_memory(proxy: &Proxy) -> u64 {
-    process(proxy).status().unwrap().rssanon.unwrap() * 1024
-}
-
-/// The most memory that it has ever held, in bytes.
-pub(crate) fn peak_memory(proxy: &Proxy) -> u64 {
-    process(proxy).status().unwrap().vmhwm.unwrap() * 1024
+/// The memory that it holds for itself now, and the most that it has ever held, in bytes.
+pub(crate) fn memory(proxy: &Proxy) -> (u64, u64) {
+    let status = process(proxy).status().unwrap();
+    (status.rssanon.unwrap() * 1024, status.vmhwm.unwrap() * 1024)
 }
 
 /// How many descriptors it has open. Only root may look.
