@@ -34,7 +34,6 @@ mod linux {
         as_user(uid, || Client::connect(port))
     }
 
-    /// What the proxy says to a small request of this user.
     fn status_for(proxy: &Proxy, uid: u32) -> u16 {
         client_of(uid, proxy).ask().unwrap().status()
     }

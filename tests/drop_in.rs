@@ -167,7 +167,6 @@ fn openais_own_does_the_same() {
 const WORDS: [&str; 6] = ["The ", "key ", "stays ", "with ", "the ", "proxy."];
 const QUESTION: &str = "Where does the key stay?";
 
-/// What Codex prints of the answer to the question.
 fn run(codex: &str, proxy: &Proxy) -> String {
     let home = Folder::new();
     let mut command = Command::new(codex);

@@ -23,7 +23,7 @@ fn key_of(proxy: &Proxy, upstream: &Upstream) -> String {
 }
 
 #[test]
-fn the_first_line_is_the_key_however_it_ends() {
+fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
     let longest = "k".repeat(LONGEST);
     let upstream = Upstream::start(ok);
     // The module that reads it has more.
@@ -36,11 +36,7 @@ fn the_first_line_is_the_key_however_it_ends() {
         let proxy = Launch::to(&upstream).input(format!("{key}{end}")).start();
         assert_eq!(key_of(&proxy, &upstream), key, "{end:?}");
     }
-}
 
-#[test]
-fn the_key_may_come_in_short_writes_from_a_file_or_from_what_stays_open() {
-    let upstream = Upstream::start(ok);
     // Each datagram is a read of its own; an empty one is the end.
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     let mut in_bytes = Launch::to(&upstream).stdin(OwnedFd::from(theirs)).spawn();
@@ -158,7 +154,6 @@ impl Terminal {
         settings.local_flags.contains(LocalFlags::ECHO)
     }
 
-    /// Waits until the program has turned echo on or off.
     fn wait_for_echo(&self, on: bool) {
         wait_until("the terminal's echo has changed", || self.echoes() == on);
     }

@@ -50,8 +50,7 @@ fn it_dumps_no_core_and_gains_no_privileges() {
     let proxy = Launch::new().start();
     let core = process(&proxy).limits().unwrap().max_core_file_size;
     let is_none = |limit| matches!(limit, LimitValue::Value(0));
-    let none = is_none(core.soft_limit) && is_none(core.hard_limit);
-    assert!(none, "{core:?}");
+    assert!(is_none(core.soft_limit) && is_none(core.hard_limit));
     assert_eq!(process(&proxy).status().unwrap().nonewprivs, Some(1));
 }
 
@@ -63,11 +62,8 @@ fn look(pid: Pid, what: &str) -> io::Result<()> {
             // SAFETY: both calls take integers only.
             #[allow(unsafe_code)]
             let result = unsafe {
-                let pidfd = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
-                match pidfd < 0 {
-                    true => pidfd,
-                    false => libc::syscall(libc::SYS_pidfd_getfd, pidfd, 1, 0),
-                }
+                let pidfd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0))?;
+                libc::syscall(libc::SYS_pidfd_getfd, pidfd, 1, 0)
             };
             Errno::result(result).map(drop).map_err(io::Error::from)
         }

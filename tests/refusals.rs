@@ -6,7 +6,6 @@ mod support;
 use Outcome::{Malformed, Refused, Served, Unfinished};
 use support::*;
 
-/// What comes of a request.
 #[derive(Clone, Copy, PartialEq)]
 enum Outcome {
     /// 200, and it is one request upstream.
@@ -130,7 +129,6 @@ fn tunnels_are_refused_and_upgrades_ignored() {
     check(Refused, places.map(connect));
 }
 
-/// What only a browser sends.
 const BROWSERS: &str = "Origin: https://evil.example|Origin: http://localhost:3000|Origin: null|Origin: |\
     origin: https://evil.example|Sec-Fetch-Site: cross-site|Sec-Fetch-Site: same-origin|Sec-Fetch-Site: none|\
     Connection: origin\r\nOrigin: https://evil.example";

@@ -7,7 +7,6 @@ use nix::sys::signal::Signal::SIGTERM;
 use std::{io::ErrorKind, net::TcpStream, sync::mpsc::Sender, time::Duration};
 use support::*;
 
-/// Waits until new connections are refused.
 fn wait_until_refused(proxy: &Proxy) {
     wait_until("connections are refused", || {
         let connection = TcpStream::connect(("127.0.0.1", proxy.port));
@@ -31,7 +30,6 @@ fn holding() -> (Upstream, Sender<()>) {
     (upstream, go_on)
 }
 
-/// A client in the middle of a stream.
 fn streaming(proxy: &Proxy) -> Client {
     let mut client = proxy.client();
     client.post("", "hold").unwrap();

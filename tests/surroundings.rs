@@ -63,7 +63,7 @@ mod linux {
 
     /// Runs something in a network of its own, with nothing but the loopback device, whose addresses are 127.0.0.1 and
     /// 192.0.2.1. Root only.
-    fn in_a_network_of_its_own(what: &str, run: fn()) {
+    fn in_a_network_of_its_own(what: &'static str, run: fn(&str)) {
         if !is_root_for(what) {
             return;
         }
@@ -75,7 +75,7 @@ mod linux {
                 let done = done.is_ok_and(|status| status.success());
                 done.then_some(()).ok_or("no `ip` (iproute2)")?;
             }
-            run();
+            run(what);
             Ok::<_, String>(())
         });
         if let Err(why) = outcome.join().unwrap() {
@@ -85,7 +85,7 @@ mod linux {
 
     #[test]
     fn a_peer_whose_address_is_not_loopback_is_dropped() {
-        in_a_network_of_its_own("a peer with another address", || {
+        in_a_network_of_its_own("a peer with another address", |_| {
             let upstream = Upstream::start(ok);
             let proxy = Launch::to(&upstream).start();
             // As a neighbour's comes in where `route_localnet` is on.
@@ -108,8 +108,7 @@ mod linux {
 
     #[test]
     fn a_localhost_that_is_elsewhere_gets_nothing() {
-        in_a_network_of_its_own("a localhost that is elsewhere", || {
-            let what = "a localhost that is elsewhere";
+        in_a_network_of_its_own("a localhost that is elsewhere", |what| {
             let elsewhere = TcpListener::bind("192.0.2.1:0").unwrap();
             let port = elsewhere.local_addr().unwrap().port();
             let url = format!("http://localhost:{port}/");
