@@ -9,12 +9,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::header::{AUTHORIZATION, HeaderMap};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use crate::log;
 
@@ -27,6 +28,9 @@ const MAX_WAITING: u32 = 64 << 20;
 
 /// What a dump takes beside its body, in bytes, roughly.
 const OVERHEAD: usize = 4 << 10;
+
+/// How long the end waits for the disk.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the value of `Authorization` is in a dump: not even the client's own is anyone's to read.
 const REDACTED: &str = "[REDACTED]";
@@ -69,9 +73,9 @@ impl Dumper {
         format!("{number:06}-{}", now.map_or(0, |now| now.as_millis()))
     }
 
-    /// Waits until all is written that will be.
+    /// Waits until all is written that will be; a disk that takes longer than 10 s loses it.
     pub async fn finish(&self) {
-        let _ = self.room.acquire_many(MAX_WAITING).await;
+        let _ = timeout(FINISH_TIMEOUT, self.room.acquire_many(MAX_WAITING)).await;
     }
 
     /// Begins a file with this name, for a message of whose head this is known beside its headers.
