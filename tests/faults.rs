@@ -30,7 +30,7 @@ fn without_end(exchange: &mut Exchange<'_>, beginning: &str, piece: &str) -> io:
 }
 
 /// What an upstream says in place of an answer before it closes the connection.
-const SAYS: [&str; 17] = [
+const SAYS: [&str; 19] = [
     "",
     "HTTP/1.1 200 OK\r\nContent-Le",
     "220 mail.example ESMTP\r\n",
@@ -45,6 +45,8 @@ const SAYS: [&str; 17] = [
     "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
     "HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}",
     "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chun\r\nTransfer-Encoding: ked\r\n\r\n{}",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\nContent-Length: 2\r\n\r\n{}",
     "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "HTTP/1.1 200 OK\r\nContent-Length: 2, 3\r\n\r\n{}",
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",

@@ -1,12 +1,13 @@
 //! Which requests go through: exactly one kind.
 
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
 use hyper::{Method, Version};
 
 use super::client::Client;
 use crate::failure::Failure;
+use crate::upstream::is_chunked;
 use crate::upstream::target::{is_loopback, usable_port};
 
 /// The one path that is forwarded.
@@ -63,17 +64,16 @@ pub(super) fn decide(
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
     // (RFC 9112, section 3.2); HTTP/1.0 knows none.
-    match only(headers, header::HOST) {
-        Ok(None) if request.version == Version::HTTP_10 => {}
-        Ok(Some(host)) if is_loopback_host(host) => {}
-        Ok(Some(_)) => return Err(FOREIGN_HOST),
+    let mut hosts = headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) if request.version == Version::HTTP_10 => {}
+        (Some(host), None) if is_loopback_host(host) => {}
+        (Some(_), None) => return Err(FOREIGN_HOST),
         _ => return Err(NO_HOST),
     }
     // Dropping the header of another one would change what the body says.
-    match only(headers, header::TRANSFER_ENCODING) {
-        Ok(None) => {}
-        Ok(Some(coding)) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {}
-        _ => return Err(CODING),
+    if is_chunked(headers).is_none() {
+        return Err(CODING);
     }
     // `Uri` keeps scheme and authority of an absolute-form target apart, and the path to the letter.
     let uri = &request.uri;
@@ -83,15 +83,6 @@ pub(super) fn decide(
         (&Method::POST, Some(PATH)) => Ok(Wanted::Forward),
         (&Method::GET, Some(SHUTDOWN_PATH)) if http_shutdown => Ok(Wanted::Shutdown),
         _ => Err(OTHER),
-    }
-}
-
-/// The value of a header that may be there once; an error if it is there more often.
-fn only(headers: &HeaderMap, name: HeaderName) -> Result<Option<&HeaderValue>, ()> {
-    let mut values = headers.get_all(name).iter();
-    match (values.next(), values.next()) {
-        (value, None) => Ok(value),
-        _ => Err(()),
     }
 }
 

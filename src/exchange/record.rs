@@ -49,10 +49,8 @@ impl Drop for Record {
         let (uid, status, sent) = (log::uid(self.client.uid), self.status, self.sent);
         let milliseconds = self.started.elapsed().as_millis();
         let received = self.client.received.get();
-        let error = self.error.as_ref();
-        let error = error
-            .map(|error| format!(" error={error:?}"))
-            .unwrap_or_default();
+        let error = self.error.iter().map(|error| format!(" error={error:?}"));
+        let error: String = error.collect();
         log::line(format_args!(
             "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}"
         ));

@@ -74,9 +74,8 @@ impl Connector {
         });
         let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
         let name = target.tls_name.clone().map(ServerName::try_from);
-        let name = name.transpose();
-        let name =
-            name.map_err(|_| "--upstream-url has a host for which there is no certificate")?;
+        let unusable = |_| "--upstream-url has a host for which there is no certificate";
+        let name = name.transpose().map_err(unusable)?;
         Ok(Self {
             origin: target.origin.clone(),
             http,

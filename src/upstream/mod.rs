@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use hyper::body::{Body, Incoming};
-use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
@@ -122,22 +122,33 @@ pub async fn discard(mut body: impl Body + Unpin) {
     }
 }
 
+/// Whether a message comes in chunks; `None` if it has another transfer coding, or more than one.
+#[must_use]
+pub fn is_chunked(headers: &HeaderMap) -> Option<bool> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Some(false),
+        (Some(coding), None) => coding
+            .as_bytes()
+            .eq_ignore_ascii_case(b"chunked")
+            .then_some(true),
+        _ => None,
+    }
+}
+
 /// Looks at how an answer is framed: that header ends here, so what it says must have been done.
 fn checked(mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
-    let codings = answer.headers().get_all(TRANSFER_ENCODING).iter();
-    let codings: Vec<&[u8]> = codings.map(HeaderValue::as_bytes).collect();
-    match &codings.concat().to_ascii_lowercase()[..] {
-        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failure::no_answer(
-            "the upstream upgraded the connection unasked (protocol)",
-        )),
-        b"" => Ok(answer),
-        b"chunked" if answer.version() == Version::HTTP_11 => {
+    let message = match is_chunked(answer.headers()) {
+        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            "the upstream upgraded the connection unasked (protocol)"
+        }
+        Some(false) => return Ok(answer),
+        Some(true) if answer.version() == Version::HTTP_11 => {
             // Chunks go before a length (RFC 9112, section 6.3).
             answer.headers_mut().remove(CONTENT_LENGTH);
-            Ok(answer)
+            return Ok(answer);
         }
-        _ => Err(Failure::no_answer(
-            "the upstream's answer has a transfer coding other than chunked (protocol)",
-        )),
-    }
+        _ => "the upstream's answer has a transfer coding other than chunked (protocol)",
+    };
+    Err(Failure::no_answer(message))
 }
