@@ -107,6 +107,8 @@ impl Link {
     /// Not if the upstream has closed it or sent what nobody asked for, and not while something of a
     /// request that was answered early is still to be sent.
     pub(super) fn is_idle(&mut self) -> bool {
+        // Nobody is to be woken for it while it is kept, so no task that is over is held on to.
+        *self.waker.task() = None;
         self.drive();
         self.connection.is_some() && self.sender.is_ready() && self.is_flushed()
     }
