@@ -36,6 +36,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub upstream_ca: Option<PathBuf>,
 
+    /// Also forward WebSocket handshakes on GET /v1/responses
+    #[arg(long)]
+    pub websocket: bool,
+
     /// Local user to serve, nobody else then: a name, a uid or @ and a group (Linux; repeatable)
     #[arg(long, value_name = "NAME|UID|@GROUP")]
     pub allow_user: Vec<String>,

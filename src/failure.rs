@@ -53,7 +53,9 @@ impl Failure {
         Self { detail, ..self }
     }
 
-    const fn new(status: StatusCode, code: &'static str, message: &'static str) -> Self {
+    /// With this status, and no detail.
+    #[must_use]
+    pub const fn new(status: StatusCode, code: &'static str, message: &'static str) -> Self {
         let detail = String::new();
         Self {
             status,

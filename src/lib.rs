@@ -37,8 +37,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cli::Arguments;
 use crate::client::listener;
 use crate::client::peer::PeerCheck;
-use crate::exchange::Proxy;
 use crate::exchange::dump::Dumper;
+use crate::exchange::{Allowed, Proxy};
 use crate::key::Credential;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
@@ -95,6 +95,16 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     listener.set_nonblocking(true).map_err(unusable)?;
     let check = PeerCheck::new(&arguments.allow_user, address)?;
     let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
+    let allowed = Allowed {
+        http_shutdown: arguments.http_shutdown,
+        websocket: arguments.websocket,
+        is_dumping: dumper.is_some(),
+    };
+    if allowed.websocket && allowed.is_dumping {
+        log::line(format_args!(
+            "with --dump-dir, WebSocket handshakes get 426 and clients use POST, which is dumped"
+        ));
+    }
     let server_info = arguments.server_info.as_deref();
     let mut server_info = server_info.map(ServerInfo::prepare).transpose()?;
     let runtime = Builder::new_current_thread()
@@ -119,7 +129,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         tokio::task::spawn_local(async move { kept.keep_up().await });
         let proxy = Rc::new(Proxy {
             upstream,
-            http_shutdown: arguments.http_shutdown,
+            allowed,
             dumper,
             stop,
         });

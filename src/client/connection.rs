@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use hyper::body::Incoming;
+use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper::{Request, Version};
@@ -36,7 +36,11 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let client = Rc::new(client);
-    let (mut stream, outcome) = converse(stream, &client, &proxy).await;
+    let (mut stream, early, outcome) = converse(stream, &client, &proxy).await;
+    if let (Some(tunnel), Ok(())) = (client.tunnel.take(), &outcome) {
+        // Boxed, so that only tunnels have its memory.
+        return Box::pin(tunnel.run(stream, early, &proxy.stop)).await;
+    }
     match outcome {
         // To such a client the usual end of the connection is that of a whole answer.
         Err(error) if error.is_user() && client.version.get() == Some(Version::HTTP_10) => {
@@ -57,12 +61,13 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
     }
 }
 
-/// Answers requests until there is none any more, and gives the stream back.
+/// Answers requests until there is none any more. Gives the stream back, and what was read from it behind the
+/// last request.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     client: &Rc<Client>,
     proxy: &Rc<Proxy>,
-) -> (S, hyper::Result<()>) {
+) -> (S, Bytes, hyper::Result<()>) {
     let service = service_fn(|request: Request<Incoming>| {
         let (client, proxy) = (Rc::clone(client), Rc::clone(proxy));
         // Boxed, since it needs much memory, and an answer may take hours.
@@ -102,7 +107,8 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         outcome
     })
     .await;
-    (connection.into_parts().io.into_inner(), outcome)
+    let parts = connection.into_parts();
+    (parts.io.into_inner(), parts.read_buf, outcome)
 }
 
 #[cfg(test)]
@@ -185,7 +191,7 @@ mod tests {
             near.read_to_end(&mut come).await.unwrap();
             come
         };
-        let serving = async { converse(far, &client, &proxy).await.1 };
+        let serving = async { converse(far, &client, &proxy).await.2 };
         let (outcome, come) = tokio::join!(serving, breaking);
         assert!(outcome.is_err_and(|error| error.is_user()));
         assert_eq!(come.iter().filter(|&&byte| byte == b'#').count(), LENGTH);

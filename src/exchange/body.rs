@@ -1,5 +1,6 @@
 //! Bodies on their way: counted, passed on as they come, and tied to what they came from.
 
+use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -24,6 +25,8 @@ pub(super) struct Upload {
     pub(super) body: Incoming,
     /// Whose it is, who is told how it fares.
     pub(super) client: Rc<Client>,
+    /// How many bytes of it have come.
+    pub(super) received: Rc<Cell<usize>>,
     /// Takes a copy.
     pub(super) tap: Option<Tap>,
 }
@@ -44,8 +47,7 @@ impl Body for Upload {
                 return Poll::Ready(end);
             }
         };
-        let received = &self.client.received;
-        received.set(received.get() + data.len());
+        self.received.set(self.received.get() + data.len());
         self.client.has_sent_all.set(self.body.is_end_stream());
         if let Some(tap) = &mut self.tap {
             tap.data(&data);
@@ -67,6 +69,7 @@ impl Body for Upload {
 pub struct Download {
     body: Incoming,
     upstream: Rc<Upstream>,
+    client: Rc<Client>,
     record: Record,
     /// Why it breaks off, until what came before has gone out, and in which turn of hyper's it was asked
     /// for last.
@@ -75,10 +78,16 @@ pub struct Download {
 
 impl Download {
     /// The body of an answer that comes over the client's link.
-    pub(super) fn new(body: Incoming, upstream: Rc<Upstream>, record: Record) -> Self {
+    pub(super) fn new(
+        body: Incoming,
+        upstream: Rc<Upstream>,
+        client: Rc<Client>,
+        record: Record,
+    ) -> Self {
         let mut download = Self {
             body,
             upstream,
+            client,
             record,
             broken: None,
         };
@@ -89,7 +98,7 @@ impl Download {
     /// Once the body is whole: logs it, and keeps the link. hyper asks for nothing more after that.
     fn finish_at_end(&mut self, is_over: bool) {
         if (is_over || self.body.is_end_stream())
-            && let Some(link) = self.record.client.link.take()
+            && let Some(link) = self.client.link.take()
         {
             self.record.error = None;
             self.upstream.keep(link);
@@ -99,7 +108,7 @@ impl Download {
 
 impl Drop for Download {
     fn drop(&mut self) {
-        self.record.client.link.take();
+        self.client.link.take();
     }
 }
 
@@ -115,14 +124,14 @@ impl Body for Download {
         if let Some((error, asked)) = this.broken.take() {
             // hyper drops what it has not flushed when a body fails. A body that has nothing to give is
             // asked again in the same turn if all has been flushed meanwhile, and only then.
-            let turn = this.record.client.turn.get();
+            let turn = this.client.turn.get();
             if turn == asked {
                 return Poll::Ready(Some(Err(error)));
             }
             this.broken = Some((error, turn));
             return Poll::Pending;
         }
-        let frame = match &mut *this.record.client.link.borrow_mut() {
+        let frame = match &mut *this.client.link.borrow_mut() {
             None => return Poll::Ready(None),
             Some(link) => ready!(link.poll(cx, |cx| Pin::new(&mut this.body).poll_frame(cx))),
         };
@@ -136,7 +145,7 @@ impl Body for Download {
             Some(Err(error)) => {
                 let detail = with_sources(&error);
                 this.record.error = Some(format!("answer broken off: {detail}"));
-                this.broken = Some((error, this.record.client.turn.get()));
+                this.broken = Some((error, this.client.turn.get()));
                 Poll::Pending
             }
             None => {
@@ -147,7 +156,7 @@ impl Body for Download {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.record.client.link.borrow().is_none()
+        self.client.link.borrow().is_none()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use hyper::Version;
 use hyper::body::{Body, Incoming};
 
+use super::tunnel::Tunnel;
 use crate::upstream::Link;
 
 /// Who is at the other end of a connection, and how far its last request has come.
@@ -19,12 +20,12 @@ pub struct Client {
     pub version: Cell<Option<Version>>,
     /// Whether the body of the last request has come whole.
     pub has_sent_all: Cell<bool>,
-    /// How many bytes of it have come.
-    pub received: Cell<usize>,
     /// Counts how often hyper has had its turn on the connection.
     pub turn: Cell<u64>,
     /// What its answer comes over.
     pub link: RefCell<Option<Link>>,
+    /// The upstream's side of the tunnel that the connection becomes when its last answer, a 101, has gone out.
+    pub tunnel: RefCell<Option<Tunnel>>,
 }
 
 impl Client {
@@ -32,7 +33,6 @@ impl Client {
     pub(super) fn asks(&self, version: Version, body: &Incoming) {
         self.version.set(Some(version));
         self.has_sent_all.set(body.is_end_stream());
-        self.received.set(0);
     }
 
     /// Sends on what there is of a request whose answer has begun: while that waits for the client to

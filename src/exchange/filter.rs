@@ -3,12 +3,13 @@
 use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
-use hyper::{Method, Version};
+use hyper::{Method, StatusCode, Version};
 
 use super::client::Client;
+use super::headers::named_by_connection;
 use crate::failure::Failure;
-use crate::upstream::is_chunked;
 use crate::upstream::target::{is_loopback, usable_port};
+use crate::upstream::{Kind, is_chunked, is_websocket};
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
@@ -36,14 +37,30 @@ const NO_HOST: Failure = Failure::malformed("an HTTP/1.1 request has exactly one
 const CODING: Failure = Failure::malformed("the only transfer coding understood here is chunked");
 const OTHER: Failure = Failure::forbidden(
     "not_allowed",
-    "this proxy forwards POST /v1/responses, without a query, and nothing else",
+    "this proxy forwards POST /v1/responses, without a query, and WebSocket handshakes there if started with --websocket",
 );
+const NOT_DUMPED: Failure = Failure::new(
+    StatusCode::UPGRADE_REQUIRED,
+    "websocket_not_dumped",
+    "with --dump-dir this proxy forwards no WebSocket handshakes: use POST /v1/responses",
+);
+
+/// What is allowed in addition to `POST /v1/responses`.
+#[derive(Clone, Copy, Default)]
+pub struct Allowed {
+    /// `GET /shutdown` ends the process.
+    pub http_shutdown: bool,
+    /// WebSocket handshakes are forwarded.
+    pub websocket: bool,
+    /// Exchanges are dumped, which tunnels cannot be: their frames are masked and may be compressed.
+    pub is_dumping: bool,
+}
 
 /// What is to be done with a request that isn't refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
     /// Send it to the upstream.
-    Forward,
+    Forward(Kind),
     /// Answer 200 and end.
     Shutdown,
 }
@@ -52,7 +69,7 @@ pub(super) enum Wanted {
 pub(super) fn decide(
     request: &Parts,
     client: &Client,
-    http_shutdown: bool,
+    allowed: Allowed,
 ) -> Result<Wanted, Failure> {
     let headers = &request.headers;
     if client.is_refused {
@@ -80,10 +97,26 @@ pub(super) fn decide(
     let is_origin_form = uri.authority().is_none() && uri.scheme().is_none();
     let target = uri.path_and_query().filter(|_| is_origin_form);
     match (&request.method, target.map(|target| target.as_str())) {
-        (&Method::POST, Some(PATH)) => Ok(Wanted::Forward),
-        (&Method::GET, Some(SHUTDOWN_PATH)) if http_shutdown => Ok(Wanted::Shutdown),
+        (&Method::POST, Some(PATH)) => Ok(Wanted::Forward(Kind::Post)),
+        (&Method::GET, Some(PATH)) if !allowed.websocket || !is_handshake(request) => Err(OTHER),
+        // Codex falls back to POST at once.
+        (&Method::GET, Some(PATH)) if allowed.is_dumping => Err(NOT_DUMPED),
+        (&Method::GET, Some(PATH)) => Ok(Wanted::Forward(Kind::Handshake)),
+        (&Method::GET, Some(SHUTDOWN_PATH)) if allowed.http_shutdown => Ok(Wanted::Shutdown),
         _ => Err(OTHER),
     }
+}
+
+/// Whether a GET request is a WebSocket handshake and nothing more (RFC 6455, section 4.1). Key, version and
+/// extensions are the upstream's to check.
+fn is_handshake(request: &Parts) -> bool {
+    let headers = &request.headers;
+    let mut connection = headers.get_all(header::CONNECTION).iter();
+    request.version == Version::HTTP_11
+        && !headers.contains_key(header::CONTENT_LENGTH)
+        && !headers.contains_key(header::TRANSFER_ENCODING)
+        && is_websocket(headers)
+        && connection.any(|value| named_by_connection(value).any(|name| name == header::UPGRADE))
 }
 
 /// `localhost` or a loopback address, and perhaps a port.
@@ -127,8 +160,8 @@ mod tests {
         ] {
             let request = head("POST", PATH, &[("host", host)]);
             assert_eq!(
-                decide(&request, &Client::default(), false),
-                Ok(Wanted::Forward),
+                decide(&request, &Client::default(), Allowed::default()),
+                Ok(Wanted::Forward(Kind::Post)),
                 "{host}"
             );
         }
@@ -162,7 +195,7 @@ mod tests {
         ];
         for host in hosts {
             let request = head("POST", PATH, &[("host", host)]);
-            let Err(refusal) = decide(&request, &Client::default(), false) else {
+            let Err(refusal) = decide(&request, &Client::default(), Allowed::default()) else {
                 panic!("{host}: not refused")
             };
             assert_eq!(refusal.code, "host_not_allowed", "{host}");
@@ -172,8 +205,16 @@ mod tests {
     #[test]
     fn shutdown_only_where_enabled_and_to_the_letter() {
         let local = [("host", "localhost")];
+        let allowed = |http_shutdown| Allowed {
+            http_shutdown,
+            ..Allowed::default()
+        };
         assert_eq!(
-            decide(&head("GET", "/shutdown", &local), &Client::default(), true),
+            decide(
+                &head("GET", "/shutdown", &local),
+                &Client::default(),
+                allowed(true)
+            ),
             Ok(Wanted::Shutdown)
         );
         for (method, target, enabled) in [
@@ -183,7 +224,12 @@ mod tests {
             ("GET", "/shutdown/", true),
         ] {
             assert!(
-                decide(&head(method, target, &local), &Client::default(), enabled).is_err(),
+                decide(
+                    &head(method, target, &local),
+                    &Client::default(),
+                    allowed(enabled)
+                )
+                .is_err(),
                 "{method} {target}"
             );
         }

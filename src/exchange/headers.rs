@@ -2,6 +2,8 @@
 
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 
+use crate::upstream::Kind;
+
 /// Whether a header is about one connection and not about the message (RFC 9110, sections 7.6.1, 11.7
 /// and 6.6.2): those that a proxy must not pass on, whether `Connection` names them or not.
 ///
@@ -23,10 +25,19 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 
 /// The headers of a request for the upstream: the client's end-to-end ones, with a `Host` of ours. The
 /// credential is added later, on the wire; the client has its 100 (Continue) from us.
-pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue) -> HeaderMap {
+pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue, kind: Kind) -> HeaderMap {
     let mut headers = end_to_end(client, &[header::AUTHORIZATION, header::EXPECT]);
     headers.insert(header::HOST, host);
+    if kind == Kind::Handshake {
+        switch_protocol(&mut headers);
+    }
     headers
+}
+
+/// Adds the two headers by which either side switches its connection to a WebSocket (RFC 6455, section 4).
+pub(super) fn switch_protocol(headers: &mut HeaderMap) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
 }
 
 /// The end-to-end headers of a message in their order, but for those that are `replaced`.
@@ -57,7 +68,7 @@ pub(super) fn end_to_end(from: HeaderMap, replaced: &[HeaderName]) -> HeaderMap 
 ///
 /// `Content-Length` can't be disowned in this way: without it the message would be another one; that
 /// section speaks of fields "intended solely for the immediate recipient".
-fn named_by_connection(value: &HeaderValue) -> impl Iterator<Item = HeaderName> {
+pub(super) fn named_by_connection(value: &HeaderValue) -> impl Iterator<Item = HeaderName> {
     let names = value.as_bytes().split(|&byte| byte == b',');
     names
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
@@ -97,7 +108,7 @@ mod tests {
             ("proxy-authorization", "Basic x"),
             ("content-length", "5"),
         ]);
-        let headers = for_upstream(client, HeaderValue::from_static("up"));
+        let headers = for_upstream(client, HeaderValue::from_static("up"), Kind::Post);
         let names: Vec<_> = headers
             .iter()
             .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))

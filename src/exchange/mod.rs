@@ -8,33 +8,36 @@ mod filter;
 mod headers;
 mod record;
 mod refusal;
+mod tunnel;
 
 use std::rc::Rc;
 
 use http_body_util::Either;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, EXPECT, HeaderValue, TRANSFER_ENCODING};
+use hyper::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
-use hyper::{Request, Response, Version};
+use hyper::{Request, Response, StatusCode, Version};
 use serde_json::json;
 
 use self::body::Upload;
 pub use self::body::{AnswerBody, Download};
 pub use self::client::Client;
 use self::dump::Dumper;
+pub use self::filter::Allowed;
 use self::filter::Wanted;
 use self::record::Record;
+use self::tunnel::Tunnel;
 use crate::failure::Failure;
 use crate::log;
 use crate::stop::Stop;
-use crate::upstream::{self, Upstream};
+use crate::upstream::{self, Kind, Link, Upstream};
 
 /// What all exchanges have in common.
 pub struct Proxy {
     /// Where requests go.
     pub upstream: Rc<Upstream>,
-    /// Whether `GET /shutdown` ends the process.
-    pub http_shutdown: bool,
+    /// What may pass or be asked for beside `POST`.
+    pub allowed: Allowed,
     /// Writes exchanges to files, where that is asked for.
     pub dumper: Option<Dumper>,
     /// Begins the end.
@@ -54,6 +57,7 @@ impl Proxy {
         let mut upload = Upload {
             body,
             client: Rc::clone(&client),
+            received: Rc::default(),
             tap: None,
         };
         // hyper follows the chunks where there is a length, too: such a connection must not go on
@@ -61,8 +65,8 @@ impl Proxy {
         let is_last = client.is_refused
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
-        let mut response = match filter::decide(&head, &client, self.http_shutdown) {
-            Ok(Wanted::Forward) => self.forward(&client, head, upload).await,
+        let mut response = match filter::decide(&head, &client, self.allowed) {
+            Ok(Wanted::Forward(kind)) => self.forward(&client, kind, head, upload).await,
             decision => {
                 // Who waits for a 100 (Continue) has sent nothing, and need not.
                 if !is_last && !head.headers.contains_key(EXPECT) {
@@ -96,6 +100,7 @@ impl Proxy {
     async fn forward(
         &self,
         client: &Rc<Client>,
+        kind: Kind,
         head: Parts,
         mut upload: Upload,
     ) -> Response<AnswerBody> {
@@ -105,9 +110,13 @@ impl Proxy {
             let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
             dumper.begin(&format!("{name}-request.json"), about, &head.headers)
         });
-        let mut record = Record::new(Rc::clone(client));
-        let headers = headers::for_upstream(head.headers, self.upstream.target.host_header.clone());
-        match self.upstream.send(headers, Box::pin(upload)).await {
+        let mut record = Record::new(client.uid, Rc::clone(&upload.received));
+        let host = self.upstream.target.host_header.clone();
+        let headers = headers::for_upstream(head.headers, host, kind);
+        match self.upstream.send(kind, headers, Box::pin(upload)).await {
+            Ok((link, answer)) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                switch(client, link, answer, record)
+            }
             Ok((link, answer)) => {
                 let (mut head, body) = answer.into_parts();
                 record.status = head.status.as_u16();
@@ -116,18 +125,45 @@ impl Proxy {
                     dumper.begin(&format!("{name}-response.json"), about, &head.headers)
                 });
                 client.link.replace(Some(link));
-                let download = Download::new(body, Rc::clone(&self.upstream), record);
+                let download =
+                    Download::new(body, Rc::clone(&self.upstream), Rc::clone(client), record);
                 head.headers = headers::end_to_end(head.headers, &[]);
                 Response::from_parts(head, Either::Right(download))
             }
-            // The step that failed, in plain words; the rest is logged.
-            Err(failure) => {
-                record.status = failure.status.as_u16();
-                record.error = Some(format!("{}: {}", failure.message, failure.detail));
-                refusal::response(&failure)
-            }
+            Err(failure) => fail(&failure, record),
         }
     }
+}
+
+/// The response to a handshake that the upstream accepted. Once it has been flushed, the connection is a tunnel.
+fn switch(
+    client: &Client,
+    link: Link,
+    answer: Response<Incoming>,
+    mut record: Record,
+) -> Response<AnswerBody> {
+    let Some((upstream, early)) = link.into_upgraded() else {
+        let message = "the upstream switched protocols before it had the whole request (protocol)";
+        return fail(&Failure::no_answer(message), record);
+    };
+    record.status = answer.status().as_u16();
+    client.tunnel.replace(Some(Tunnel {
+        upstream,
+        early,
+        record,
+    }));
+    let mut response = answer.map(|_| Either::Left(Bytes::new().into()));
+    let headers = std::mem::take(response.headers_mut());
+    *response.headers_mut() = headers::end_to_end(headers, &[CONTENT_LENGTH]);
+    headers::switch_protocol(response.headers_mut());
+    response
+}
+
+/// The step that failed, in plain words; the rest is logged.
+fn fail(failure: &Failure, mut record: Record) -> Response<AnswerBody> {
+    record.status = failure.status.as_u16();
+    record.error = Some(format!("{}: {}", failure.message, failure.detail));
+    refusal::response(failure)
 }
 
 #[cfg(test)]
@@ -141,7 +177,7 @@ impl Proxy {
         let credential = crate::key::Credential::read(read).unwrap();
         Rc::new(Self {
             upstream: Rc::new(Upstream::new(target, connector, credential)),
-            http_shutdown: false,
+            allowed: Allowed::default(),
             dumper: None,
             stop: Stop::default(),
         })

@@ -1,8 +1,8 @@
 //! Answers of our own, in OpenAI's error shape.
 
 use http_body_util::Either;
-use hyper::Response;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
+use hyper::{Response, StatusCode};
 use serde_json::json;
 
 use super::body::AnswerBody;
@@ -21,5 +21,11 @@ pub(super) fn response(failure: &Failure) -> Response<AnswerBody> {
     *response.status_mut() = failure.status;
     let json = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json);
+    if failure.status == StatusCode::UPGRADE_REQUIRED {
+        // Such a response must name what to use instead (RFC 9110, section 15.5.22).
+        let instead = [(UPGRADE, "HTTP/1.1"), (CONNECTION, "upgrade")];
+        let headers = instead.map(|(name, value)| (name, HeaderValue::from_static(value)));
+        response.headers_mut().extend(headers);
+    }
     response
 }

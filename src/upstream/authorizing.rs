@@ -12,32 +12,63 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::Kind;
 use crate::key::Credential;
 
-/// What all requests begin with: one line that is hyper's to write, and one that is ours.
+/// What all requests begin with: a request line, which hyper writes, and the credential's line.
 pub(super) struct Opening {
-    /// The request line (RFC 9112, section 3), CR LF included.
-    line: Vec<u8>,
+    /// Request lines (RFC 9112, section 3), CR LF included.
+    post: Vec<u8>,
+    handshake: Vec<u8>,
     credential: Credential,
 }
 
+/// A kind of request, and how many bytes of its request line and the credential's have been written.
+#[derive(Clone, Copy)]
+pub(super) struct Announced {
+    pub(super) kind: Kind,
+    written: usize,
+}
+
+impl Announced {
+    /// A request of which nothing has been written.
+    pub(super) fn new(kind: Kind) -> Self {
+        Self { kind, written: 0 }
+    }
+}
+
 impl Opening {
-    /// Of `POST` requests with this target in origin form.
+    /// The opening of requests with this target in origin form.
     pub(super) fn new(origin_form: &str, credential: Credential) -> Self {
+        let line =
+            |kind: Kind| format!("{} {origin_form} HTTP/1.1\r\n", kind.method()).into_bytes();
         Self {
-            line: format!("POST {origin_form} HTTP/1.1\r\n").into_bytes(),
+            post: line(Kind::Post),
+            handshake: line(Kind::Handshake),
             credential,
         }
     }
 
-    /// What is to be written in place of `bufs` if the first `at` bytes of both lines have been.
+    fn line(&self, kind: Kind) -> &[u8] {
+        match kind {
+            Kind::Post => &self.post,
+            Kind::Handshake => &self.handshake,
+        }
+    }
+
+    /// What is to be written in place of `bufs`.
     ///
     /// # Errors
     ///
     /// hyper writes something else than the request line: the credential must not follow that.
-    fn slices<'a>(&'a self, at: usize, bufs: &'a [IoSlice<'_>]) -> io::Result<Vec<IoSlice<'a>>> {
-        let mut line = self.line.get(at..).unwrap_or_default();
-        let begun = at.saturating_sub(self.line.len());
+    fn slices<'a>(
+        &'a self,
+        announced: Announced,
+        bufs: &'a [IoSlice<'_>],
+    ) -> io::Result<Vec<IoSlice<'a>>> {
+        let line = self.line(announced.kind);
+        let begun = announced.written.saturating_sub(line.len());
+        let mut line = line.get(announced.written..).unwrap_or_default();
         let mut credential = Some(&self.credential.header_line()[begun..]);
         let mut slices = Vec::with_capacity(bufs.len() + 2);
         for buf in bufs {
@@ -54,23 +85,26 @@ impl Opening {
         Ok(slices)
     }
 
-    /// Where a write of `written` bytes from `at` leads, and how many of these were hyper's.
-    fn advance(&self, at: usize, written: usize) -> (Option<usize>, usize) {
-        let line = self.line.len();
+    /// Accounts for a write of `count` bytes: what is announced from now on, and how many of the bytes
+    /// were hyper's.
+    fn advance(&self, announced: Announced, count: usize) -> (Option<Announced>, usize) {
+        let Announced { kind, written } = announced;
+        let line = self.line(kind).len();
         let both = line + self.credential.header_line().len();
-        let end = at + written;
-        let of_line = end.min(line).saturating_sub(at);
+        let end = written + count;
+        let of_line = end.min(line).saturating_sub(written);
         let behind = end.saturating_sub(both);
-        ((end < both).then_some(end), of_line + behind)
+        let next = Announced { kind, written: end };
+        ((end < both).then_some(next), of_line + behind)
     }
 }
 
 /// What the stream and whoever sends requests over it tell each other.
 #[derive(Default)]
 pub(super) struct Progress {
-    /// How much of both lines has been written; `None` where what passes is no request's beginning. Set
-    /// to 0 when the next thing that hyper writes is a request.
-    pub(super) at: Cell<Option<usize>>,
+    /// The request whose opening is being written; `None` while other bytes pass. Set before hyper is
+    /// given a request.
+    pub(super) announced: Cell<Option<Announced>>,
     /// Something was to be written since the last flush that succeeded.
     pub(super) is_unflushed: Cell<bool>,
 }
@@ -109,13 +143,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Authorizing<S> {
         let this = self.get_mut();
         let mut stream = Pin::new(&mut this.stream);
         this.progress.is_unflushed.set(true);
-        while let Some(at) = this.progress.at.get() {
-            let slices = this.opening.slices(at, bufs)?;
+        while let Some(announced) = this.progress.announced.get() {
+            let slices = this.opening.slices(announced, bufs)?;
             let written = ready!(unless_closed(
                 stream.as_mut().poll_write_vectored(cx, &slices)
             ))?;
-            let (next, hypers) = this.opening.advance(at, written);
-            this.progress.at.set(next);
+            let (next, hypers) = this.opening.advance(announced, written);
+            this.progress.announced.set(next);
             // If only some of the credential went out, there is nothing to report yet.
             if hypers > 0 || written == 0 {
                 return Poll::Ready(Ok(hypers));
@@ -157,9 +191,15 @@ mod tests {
 
     use super::*;
 
-    const REQUEST: &[u8] = b"POST /v1 HTTP/1.1\r\nhost: up\r\n\r\nbody";
-    const WIRE: &[u8] =
-        b"POST /v1 HTTP/1.1\r\nauthorization: Bearer sk-key\r\nhost: up\r\n\r\nbody";
+    /// What hyper writes of each kind of request, in two parts: the credential belongs between them.
+    const REQUESTS: [(Kind, &str, &str); 2] = [
+        (Kind::Post, "POST /v1 HTTP/1.1\r\n", "host: up\r\n\r\nbody"),
+        (
+            Kind::Handshake,
+            "GET /v1 HTTP/1.1\r\n",
+            "upgrade: x\r\n\r\n",
+        ),
+    ];
 
     fn opening() -> Rc<Opening> {
         let mut input: &[u8] = b"sk-key\n";
@@ -230,24 +270,24 @@ mod tests {
     #[test]
     fn the_line_stands_behind_the_request_line_however_it_is_written() {
         let opening = opening();
-        let check = |pieces: &[&[u8]], takes: &[usize]| {
+        let check = |kind: Kind, wire: &[u8], pieces: &[&[u8]], takes: &[usize]| {
             let progress = Rc::new(Progress::default());
-            let wire = Wire {
+            let stream = Wire {
                 takes: takes.iter().copied().collect(),
                 ..Wire::default()
             };
             let mut stream = Authorizing {
-                stream: wire,
+                stream,
                 opening: Rc::clone(&opening),
                 progress: Rc::clone(&progress),
             };
             // The second request takes the same way, and what is between them none.
             for _ in 0..2 {
-                progress.at.set(Some(0));
+                progress.announced.set(Some(Announced::new(kind)));
                 write(&mut stream, pieces).unwrap();
                 write(&mut stream, &[b"more"]).unwrap();
             }
-            let expected = [WIRE, b"more", WIRE, b"more"].concat();
+            let expected = [wire, b"more", wire, b"more"].concat();
             let name = format!("{pieces:?} {takes:?}");
             assert_eq!(
                 stream.stream.taken.escape_ascii().to_string(),
@@ -255,27 +295,35 @@ mod tests {
                 "{name}"
             );
         };
-        for first in 0..=REQUEST.len() {
-            let (front, rest) = REQUEST.split_at(first);
-            for second in 0..=rest.len() {
-                let (middle, end) = rest.split_at(second);
-                check(&[front, middle, end], &[]);
+        for (kind, line, rest) in REQUESTS {
+            let request = [line, rest].concat().into_bytes();
+            let wire = [line, "authorization: Bearer sk-key\r\n", rest].concat();
+            let check = |pieces: &[&[u8]], takes: &[usize]| {
+                check(kind, wire.as_bytes(), pieces, takes);
+            };
+            for first in 0..=request.len() {
+                let (front, rest) = request.split_at(first);
+                for second in 0..=rest.len() {
+                    let (middle, end) = rest.split_at(second);
+                    check(&[front, middle, end], &[]);
+                }
+                // Every two short writes, in the middle of the key among them.
+                for short in 1..=wire.len() {
+                    check(&[front, rest], &[short, first.max(1)]);
+                }
             }
-            // Every two short writes, in the middle of the key among them.
-            for short in 1..=WIRE.len() {
-                check(&[front, rest], &[short, first.max(1)]);
-            }
+            check(&[&request], &[1; 200]);
         }
-        check(&[REQUEST], &[1; 200]);
     }
 
     #[test]
     fn nothing_is_added_to_what_is_not_the_request() {
         let opening = opening();
-        for other in [
-            "POST /v2 HTTP/1.1\r\n\r\n",
-            "GET /v1 HTTP/1.1\r\n\r\n",
-            "rest of a body",
+        for (kind, other) in [
+            (Kind::Post, "POST /v2 HTTP/1.1\r\n\r\n"),
+            (Kind::Post, "GET /v1 HTTP/1.1\r\n\r\n"),
+            (Kind::Handshake, "POST /v1 HTTP/1.1\r\n\r\n"),
+            (Kind::Post, "rest of a body"),
         ] {
             let progress = Rc::new(Progress::default());
             let mut stream = Authorizing {
@@ -283,7 +331,7 @@ mod tests {
                 opening: Rc::clone(&opening),
                 progress: Rc::clone(&progress),
             };
-            progress.at.set(Some(0));
+            progress.announced.set(Some(Announced::new(kind)));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);
             assert!(
                 !stream

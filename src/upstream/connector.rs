@@ -32,10 +32,10 @@ const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 4;
 
 /// A connection to the upstream, with TLS unless it is on loopback.
-pub(super) type Stream = Box<dyn Io>;
+pub type Stream = Box<dyn Io>;
 
 /// What [`Stream`] can do.
-pub(super) trait Io: AsyncRead + AsyncWrite + Unpin {}
+pub trait Io: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 

@@ -13,7 +13,8 @@ use hyper::client::conn::http1::{Builder, Connection, SendRequest};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 
-use super::authorizing::{Authorizing, Opening, Progress};
+use super::Kind;
+use super::authorizing::{Announced, Authorizing, Opening, Progress};
 use super::connector::Stream;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 
@@ -26,8 +27,8 @@ pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error>>>;
 /// socket to socket within one poll of one task, and letting go of the link is closing the connection.
 pub struct Link {
     sender: SendRequest<RequestBody>,
-    /// `None` once it has ended.
-    connection: Option<Connection<TokioIo<Authorizing<Stream>>, RequestBody>>,
+    connection: Connection<TokioIo<Authorizing<Stream>>, RequestBody>,
+    has_ended: bool,
     progress: Rc<Progress>,
     waker: Arc<QuietWaker>,
 }
@@ -49,7 +50,8 @@ impl Link {
             .await?;
         Ok(Self {
             sender,
-            connection: Some(connection),
+            connection,
+            has_ended: false,
             progress,
             waker: Arc::default(),
         })
@@ -80,11 +82,9 @@ impl Link {
     fn drive(&mut self) {
         let waker = Waker::from(Arc::clone(&self.waker));
         let mut cx = Context::from_waker(&waker);
-        if let Some(connection) = &mut self.connection
-            && Pin::new(connection).poll(&mut cx).is_ready()
-        {
+        if !self.has_ended {
             // An error is also that of the answer or its body.
-            self.connection = None;
+            self.has_ended = Pin::new(&mut self.connection).poll(&mut cx).is_ready();
         }
     }
 
@@ -95,9 +95,11 @@ impl Link {
     /// hyper's, and the request if none of it was sent.
     pub(super) async fn send(
         &mut self,
+        kind: Kind,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
-        self.progress.at.set(Some(0));
+        let announced = Announced::new(kind);
+        self.progress.announced.set(Some(announced));
         let mut answer = pin!(self.sender.try_send_request(request));
         poll_fn(|cx| self.poll(cx, |cx| answer.as_mut().poll(cx))).await
     }
@@ -110,7 +112,17 @@ impl Link {
         // Nobody is to be woken for it while it is kept, so no task that is over is held on to.
         *self.waker.task() = None;
         self.drive();
-        self.connection.is_some() && self.sender.is_ready() && self.is_flushed()
+        !self.has_ended && self.sender.is_ready() && self.is_flushed()
+    }
+
+    /// After a 101, the stream and what has been read from it behind the head.
+    ///
+    /// `None` if the response came before the whole request was sent, or hyper has not let go of the
+    /// connection: then it isn't known what belongs to the tunnel.
+    pub fn into_upgraded(self) -> Option<(Stream, Bytes)> {
+        let is_upgraded = self.has_ended && self.is_flushed();
+        let parts = self.connection.into_parts();
+        is_upgraded.then(|| (parts.io.into_inner().stream, parts.read_buf))
     }
 
     /// Whether all that hyper has been given to send is sent.

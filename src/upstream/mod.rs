@@ -14,17 +14,36 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use hyper::body::{Body, Incoming};
-use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
+use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
 use self::authorizing::Opening;
-pub use self::connector::Connector;
+pub use self::connector::{Connector, Stream};
 pub use self::link::{Link, RequestBody};
 use self::pool::Pool;
 use self::target::Target;
 use crate::failure::Failure;
 use crate::key::Credential;
+
+/// The kinds of requests that are forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A request with a body, whose response has one.
+    Post,
+    /// A WebSocket handshake (RFC 6455, section 4.1).
+    Handshake,
+}
+
+impl Kind {
+    /// The method that stands in the request line.
+    pub(crate) fn method(self) -> Method {
+        match self {
+            Self::Post => Method::POST,
+            Self::Handshake => Method::GET,
+        }
+    }
+}
 
 /// The upstream, and the links to it that are kept.
 pub struct Upstream {
@@ -64,11 +83,12 @@ impl Upstream {
     /// There is no answer, or none that can be passed on.
     pub async fn send(
         &self,
+        kind: Kind,
         headers: HeaderMap,
         body: RequestBody,
     ) -> Result<(Link, Response<Incoming>), Failure> {
         let mut request = Request::new(body);
-        *request.method_mut() = Method::POST;
+        *request.method_mut() = kind.method();
         *request.uri_mut() = self.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
@@ -85,8 +105,8 @@ impl Upstream {
                     }
                 },
             };
-            match link.send(request).await {
-                Ok(answer) => return Ok((link, checked(answer)?)),
+            match link.send(kind, request).await {
+                Ok(answer) => return Ok((link, checked(kind, answer)?)),
                 Err(mut error) => match error.take_message() {
                     // The link has ended since it was looked at.
                     Some(unsent) if is_kept => request = unsent,
@@ -136,11 +156,24 @@ pub fn is_chunked(headers: &HeaderMap) -> Option<bool> {
     }
 }
 
+/// Whether a message's only `Upgrade` is a WebSocket. The name is compared without case (RFC 6455,
+/// section 4.2.1).
+#[must_use]
+pub fn is_websocket(headers: &HeaderMap) -> bool {
+    let mut protocols = headers.get_all(UPGRADE).iter();
+    let first = protocols.next().map(|value| value.as_bytes());
+    first.is_some_and(|name| name.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
+}
+
 /// Looks at how an answer is framed: that header ends here, so what it says must have been done.
-fn checked(mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
+fn checked(kind: Kind, mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
+    let is_expected = kind == Kind::Handshake && answer.version() == Version::HTTP_11;
     let message = match is_chunked(answer.headers()) {
         _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
-            "the upstream upgraded the connection unasked (protocol)"
+            if is_expected && is_websocket(answer.headers()) {
+                return Ok(answer);
+            }
+            "the upstream switched to a protocol that was not requested (protocol)"
         }
         Some(false) => return Ok(answer),
         Some(true) if answer.version() == Version::HTTP_11 => {

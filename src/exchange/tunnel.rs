@@ -1,0 +1,248 @@
+//! A WebSocket after its handshake: bytes are copied both ways as they arrive, and never looked at.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::body::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use super::record::Record;
+use crate::stop::Stop;
+use crate::upstream::Stream;
+
+/// How much is read at once, in bytes. The space is on the stack: an idle tunnel holds no buffer.
+const READ_SIZE: usize = 16 << 10;
+
+/// How long a tunnel may be silent once one side has closed, or once shutdown has begun. Its ends ping
+/// each other, so without either there is no limit.
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+
+/// The upstream's side of a tunnel whose client still waits for the response to its handshake.
+pub struct Tunnel {
+    pub(super) upstream: Stream,
+    /// Sent by the upstream right behind its response.
+    pub(super) early: Bytes,
+    pub(super) record: Record,
+}
+
+impl Tunnel {
+    /// Copies until both sides have closed, one has failed, or shutdown ends a silent tunnel. `early` was
+    /// read from the client behind its handshake.
+    pub async fn run(
+        mut self,
+        mut client: impl AsyncRead + AsyncWrite + Unpin,
+        early: Bytes,
+        stop: &Stop,
+    ) {
+        // Stays so if the tunnel is dropped, which only the end of the shutdown does.
+        self.record.error = Some("still open at the end of the shutdown".into());
+        let activity = Activity {
+            last: Cell::new(Instant::now()),
+            closed: Notify::new(),
+        };
+        let mut sent = Direction::new(early);
+        let mut received = Direction::new(self.early);
+        let copying = poll_fn(|cx| {
+            let sent = sent.poll_copy(cx, &mut client, &mut self.upstream, &activity)?;
+            let received = received.poll_copy(cx, &mut self.upstream, &mut client, &activity)?;
+            ready!(sent);
+            received.map(Ok)
+        });
+        let outcome = tokio::select! {
+            biased;
+            outcome = copying => outcome,
+            () = activity.falls_silent(stop) => match stop.has_begun() {
+                true => Ok(()),
+                false => Err(io::Error::other("one side closed and the other did not")),
+            },
+        };
+        self.record.error = outcome.err().map(|error| error.to_string());
+        self.record.received.set(sent.count);
+        self.record.sent = received.count;
+    }
+}
+
+/// What both directions of a tunnel report.
+struct Activity {
+    /// When bytes have last arrived, or an end.
+    last: Cell<Instant>,
+    /// One side has closed.
+    closed: Notify,
+}
+
+impl Activity {
+    /// Returns once a side has closed or shutdown has begun, and nothing has arrived for some time.
+    async fn falls_silent(&self, stop: &Stop) {
+        tokio::select! {
+            () = self.closed.notified() => {}
+            () = stop.begun() => {}
+        }
+        while self.last.get().elapsed() < SILENCE_LIMIT {
+            sleep_until(self.last.get() + SILENCE_LIMIT).await;
+        }
+    }
+}
+
+/// One direction of a tunnel.
+#[derive(Default)]
+struct Direction {
+    /// Bytes that have been read and not yet written.
+    pending: Bytes,
+    is_flushed: bool,
+    is_at_end: bool,
+    is_shut_down: bool,
+    /// How many bytes have been read.
+    count: usize,
+}
+
+impl Direction {
+    fn new(early: Bytes) -> Self {
+        Self {
+            count: early.len(),
+            pending: early,
+            ..Self::default()
+        }
+    }
+
+    /// Copies what can be. Ready once `from` has ended and `to` has been told so.
+    fn poll_copy(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+        activity: &Activity,
+    ) -> Poll<io::Result<()>> {
+        let (mut from, mut to) = (Pin::new(from), Pin::new(to));
+        loop {
+            while !self.pending.is_empty() {
+                match ready!(to.as_mut().poll_write(cx, &self.pending))? {
+                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    count => self.pending.advance(count),
+                }
+            }
+            // Lets go of its allocation, which may be the whole buffer that hyper has read into.
+            self.pending = Bytes::new();
+            // TLS holds back what isn't flushed.
+            if !self.is_flushed {
+                ready!(to.as_mut().poll_flush(cx))?;
+                self.is_flushed = true;
+            }
+            if self.is_at_end {
+                // The other direction goes on: the peer may have more to say.
+                if !self.is_shut_down {
+                    ready!(to.as_mut().poll_shutdown(cx))?;
+                    self.is_shut_down = true;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            let mut space = [const { MaybeUninit::uninit() }; READ_SIZE];
+            let mut buffer = ReadBuf::uninit(&mut space);
+            match ready!(from.as_mut().poll_read(cx, &mut buffer)) {
+                // Codex leaves without TLS's notice that it closes, as many do.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                outcome => outcome?,
+            }
+            activity.last.set(Instant::now());
+            self.pending = Bytes::copy_from_slice(buffer.filled());
+            self.count += self.pending.len();
+            self.is_flushed = false;
+            if self.pending.is_empty() {
+                self.is_at_end = true;
+                activity.closed.notify_one();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    /// Runs a tunnel while `meanwhile` uses its two outer ends. Gives how long the tunnel lasted, in
+    /// milliseconds, or `None` if it was still open after a day.
+    async fn lasts(
+        meanwhile: impl AsyncFnOnce(&mut DuplexStream, &mut DuplexStream, &Stop),
+    ) -> Option<u128> {
+        let (mut client, inner_client) = duplex(100);
+        let (mut upstream, inner_upstream) = duplex(100);
+        let record = Record::new(None, Rc::default());
+        let tunnel = Tunnel {
+            upstream: Box::new(inner_upstream),
+            early: Bytes::new(),
+            record,
+        };
+        let stop = Stop::default();
+        let begun = Instant::now();
+        let running = async {
+            tunnel.run(inner_client, Bytes::new(), &stop).await;
+            begun.elapsed().as_millis()
+        };
+        let using = meanwhile(&mut client, &mut upstream, &stop);
+        let day = Duration::from_secs(86_400);
+        let (lasted, ()) = tokio::join!(timeout(day, running), using);
+        lasted.ok()
+    }
+
+    /// Sends a byte through the tunnel after so many seconds.
+    async fn send_after(seconds: u64, from: &mut DuplexStream, to: &mut DuplexStream) {
+        sleep(Duration::from_secs(seconds)).await;
+        from.write_all(b"x").await.unwrap();
+        assert_eq!(to.read_u8().await.unwrap(), b'x');
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_tunnel_stays_open() {
+        assert_eq!(lasts(async |_, _, _| {}).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peer_that_ignores_a_close_is_dropped_after_5_s_of_silence() {
+        let lasted = lasts(async |client, upstream, _| {
+            send_after(60, client, upstream).await;
+            client.shutdown().await.unwrap();
+            assert_eq!(upstream.read(&mut [0]).await.unwrap(), 0);
+            // It has more to say, and says it.
+            send_after(4, upstream, client).await;
+            send_after(4, upstream, client).await;
+        });
+        assert_eq!(lasted.await, Some(73_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn both_sides_closed_end_the_tunnel_at_once() {
+        let lasted = lasts(async |client, upstream, _| {
+            upstream.shutdown().await.unwrap();
+            assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+            client.shutdown().await.unwrap();
+        });
+        assert_eq!(lasted.await, Some(0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shutdown_closes_silent_tunnels_at_once_and_busy_ones_after_5_s() {
+        let silent = lasts(async |client, upstream, stop| {
+            send_after(1, client, upstream).await;
+            sleep(Duration::from_secs(6)).await;
+            stop.begin();
+        });
+        assert_eq!(silent.await, Some(7_000));
+        let busy = lasts(async |client, upstream, stop| {
+            stop.begin();
+            send_after(4, client, upstream).await;
+            send_after(4, upstream, client).await;
+        });
+        assert_eq!(busy.await, Some(13_000));
+    }
+}
