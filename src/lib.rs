@@ -17,6 +17,7 @@ pub mod cli;
 pub mod client;
 pub mod exchange;
 pub mod failure;
+mod flush;
 pub mod hardening;
 pub mod key;
 pub mod limits;
@@ -43,7 +44,7 @@ use crate::key::Credential;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
-use crate::upstream::{Connector, Upstream, proxy};
+use crate::upstream::{Connector, Upstream, outbound_proxy};
 
 /// The status for a command line that can't be understood, as with clap's own.
 const BAD_USAGE: u8 = 2;
@@ -86,7 +87,7 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 /// sentence on what is wrong and what to do; never with the key in it.
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
-    let way = proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
+    let way = outbound_proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
     let connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
     let limit = listener::connection_limit();
     let listener = listener::open(arguments.port)?;
@@ -126,7 +127,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(unusable)?;
         let upstream = Rc::new(Upstream::new(target, connector, credential));
         let kept = Rc::clone(&upstream);
-        tokio::task::spawn_local(async move { kept.keep_up().await });
+        tokio::task::spawn_local(async move { kept.maintain().await });
         let proxy = Rc::new(Proxy {
             upstream,
             allowed,

@@ -17,7 +17,8 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep, timeout};
 
-use crate::exchange::{Client, Proxy};
+use crate::exchange::{ConnectionState, Peer, Proxy};
+use crate::flush::FlushNoting;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 
 /// How long a head may take to come, and how long a connection may be idle between requests.
@@ -27,28 +28,71 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 /// made in the belief that it would be served.
 const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
 
-/// How long what a client still sends is taken when its answer is complete. Closing at once would reset
-/// the connection, and the client could lose the answer (RFC 9112, section 9.6).
+/// How long [`Close::Linger`] reads on.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How the server closes a connection.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Close {
+    /// By a reset: an HTTP/1.0 response without a length would otherwise look complete.
+    Reset,
+    /// Nothing is to be waited for.
+    Immediate,
+    /// Reads on for a while, since the client may still be sending: closing at once would reset the connection, and
+    /// the client could lose the response (RFC 9112, section 9.6).
+    Linger,
+}
+
+/// How hyper's connection ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Outcome {
+    Finished,
+    /// The response's body failed.
+    ResponseFailed,
+    /// hyper could not read a request and has answered by itself.
+    Malformed,
+    /// The client is gone or does nothing.
+    Failed,
+}
+
+impl Outcome {
+    fn of(outcome: &hyper::Result<()>) -> Self {
+        match outcome {
+            Ok(()) => Self::Finished,
+            Err(error) if error.is_user() => Self::ResponseFailed,
+            Err(error) if error.is_parse() => Self::Malformed,
+            Err(_) => Self::Failed,
+        }
+    }
+}
+
+/// How to close a connection after a last request of this version, which has come whole or not.
+fn close_mode(outcome: Outcome, version: Option<Version>, is_complete: bool) -> Close {
+    match (outcome, version) {
+        (Outcome::ResponseFailed, Some(Version::HTTP_10)) => Close::Reset,
+        (Outcome::Finished, Some(_)) if !is_complete => Close::Linger,
+        (Outcome::Malformed, _) => Close::Linger,
+        _ => Close::Immediate,
+    }
+}
+
 /// Serves one client until either side is done.
-pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
+pub(super) async fn serve(stream: TcpStream, peer: Peer, proxy: Rc<Proxy>) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
-    let client = Rc::new(client);
-    let (mut stream, early, outcome) = converse(stream, &client, &proxy).await;
-    if let (Some(tunnel), Ok(())) = (client.tunnel.take(), &outcome) {
+    let state = Rc::new(ConnectionState::default());
+    let (mut stream, early, outcome) = serve_http1(stream, peer, &state, &proxy).await;
+    if let (Some(tunnel), Ok(())) = (state.take_tunnel(), &outcome) {
         // Boxed, so that only tunnels have its memory.
         return Box::pin(tunnel.run(stream, early, &proxy.stop)).await;
     }
-    match outcome {
-        // To such a client the usual end of the connection is that of a whole answer.
-        Err(error) if error.is_user() && client.version.get() == Some(Version::HTTP_10) => {
+    let is_complete = state.is_request_complete();
+    match close_mode(Outcome::of(&outcome), state.version(), is_complete) {
+        Close::Immediate => {}
+        Close::Reset => {
             let _ = stream.set_zero_linger();
         }
-        Ok(()) if client.has_sent_all.get() || client.version.get().is_none() => {}
-        Err(error) if !error.is_parse() => {}
-        _ => {
+        Close::Linger => {
             // Where hyper had nothing to say, it leaves that to us, too.
             let _ = stream.shutdown().await;
             let limit = match proxy.stop.has_begun() {
@@ -63,16 +107,21 @@ pub(super) async fn serve(stream: TcpStream, client: Client, proxy: Rc<Proxy>) {
 
 /// Answers requests until there is none any more. Gives the stream back, and what was read from it behind the
 /// last request.
-async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    client: &Rc<Client>,
+    peer: Peer,
+    state: &Rc<ConnectionState>,
     proxy: &Rc<Proxy>,
 ) -> (S, Bytes, hyper::Result<()>) {
     let service = service_fn(|request: Request<Incoming>| {
-        let (client, proxy) = (Rc::clone(client), Rc::clone(proxy));
+        let (state, proxy) = (Rc::clone(state), Rc::clone(proxy));
         // Boxed, since it needs much memory, and an answer may take hours.
-        Box::pin(async move { Ok::<_, Infallible>(proxy.answer(client, request).await) })
+        Box::pin(async move { Ok::<_, Infallible>(proxy.answer(peer, state, request).await) })
     });
+    let stream = FlushNoting {
+        stream,
+        state: state.flush.clone(),
+    };
     let mut connection = Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -92,23 +141,22 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         if proxy.stop.has_begun() {
             let grace = grace.get_or_insert_with(|| Box::pin(sleep(LAST_REQUEST_GRACE)));
             let is_over = grace.as_mut().poll(cx).is_ready();
-            if client.version.get().is_some() {
+            if state.version().is_some() {
                 // What is in flight may finish; an idle connection ends.
                 Pin::new(&mut connection).graceful_shutdown();
             } else if is_over {
                 return Poll::Ready(Ok(()));
             }
         }
-        client.turn.set(client.turn.get() + 1);
         let outcome = Pin::new(&mut connection).poll(cx);
         if outcome.is_pending() {
-            client.send_on(cx);
+            state.drive_upload(cx);
         }
         outcome
     })
     .await;
     let parts = connection.into_parts();
-    (parts.io.into_inner(), parts.read_buf, outcome)
+    (parts.io.into_inner().stream, parts.read_buf, outcome)
 }
 
 #[cfg(test)]
@@ -122,12 +170,58 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn close_mode_depends_on_outcome_version_and_request() {
+        use Outcome::{Failed, Finished, Malformed, ResponseFailed};
+        let (http_10, http_11) = (Some(Version::HTTP_10), Some(Version::HTTP_11));
+        let cases = [
+            ("idle for too long", Finished, None, false, Close::Immediate),
+            ("all answered", Finished, http_11, true, Close::Immediate),
+            ("answered early", Finished, http_11, false, Close::Linger),
+            (
+                "answered early, 1.0",
+                Finished,
+                http_10,
+                false,
+                Close::Linger,
+            ),
+            (
+                "first head malformed",
+                Malformed,
+                None,
+                false,
+                Close::Linger,
+            ),
+            (
+                "next head malformed",
+                Malformed,
+                http_11,
+                true,
+                Close::Linger,
+            ),
+            ("truncated", ResponseFailed, http_11, true, Close::Immediate),
+            (
+                "truncated, 1.0",
+                ResponseFailed,
+                http_10,
+                true,
+                Close::Reset,
+            ),
+            ("client gone", Failed, http_11, false, Close::Immediate),
+            ("client gone, 1.0", Failed, http_10, true, Close::Immediate),
+        ];
+        for (name, outcome, version, is_complete, expected) in cases {
+            let mode = close_mode(outcome, version, is_complete);
+            assert_eq!(mode, expected, "{name}");
+        }
+    }
+
     const REFUSED: &str = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
     /// How many milliseconds a connection lasts on which this is sent, if the end begins before.
     async fn lasts(sent: &str, is_ending: bool) -> u128 {
         let proxy = Proxy::for_tests("http://127.0.0.1:9/");
-        let client = Rc::default();
+        let state = Rc::default();
         let (mut near, far) = duplex(1 << 16);
         near.write_all(sent.as_bytes()).await.unwrap();
         let meanwhile = async {
@@ -142,7 +236,7 @@ mod tests {
         };
         let begun = Instant::now();
         tokio::select! {
-            _ = converse(far, &client, &proxy) => {}
+            _ = serve_http1(far, Peer::default(), &state, &proxy) => {}
             () = meanwhile => {}
         }
         begun.elapsed().as_millis()
@@ -172,7 +266,7 @@ mod tests {
         const LENGTH: usize = 20_000;
         let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Proxy::for_tests(&format!("http://{}/", upstream.local_addr().unwrap()));
-        let client = Rc::default();
+        let state = Rc::default();
         // The client takes little at once, and nothing before the upstream is gone.
         let (mut near, far) = duplex(1000);
         let request = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -191,7 +285,7 @@ mod tests {
             near.read_to_end(&mut come).await.unwrap();
             come
         };
-        let serving = async { converse(far, &client, &proxy).await.2 };
+        let serving = async { serve_http1(far, Peer::default(), &state, &proxy).await.2 };
         let (outcome, come) = tokio::join!(serving, breaking);
         assert!(outcome.is_err_and(|error| error.is_user()));
         assert_eq!(come.iter().filter(|&&byte| byte == b'#').count(), LENGTH);

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::connection;
 use super::peer::PeerCheck;
-use crate::exchange::{Client, Proxy};
+use crate::exchange::{Peer, Proxy};
 use crate::log;
 
 /// The most connections at once, if there are descriptors for that many.
@@ -149,16 +149,16 @@ async fn accept(
                 let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
                 let proxy = Rc::clone(proxy);
                 connections.spawn_local(async move {
-                    let client = match &*check {
+                    let peer = match &*check {
                         Some(check) => check.identify(&stream).await,
-                        None => Client::default(),
+                        None => Peer::default(),
                     };
-                    if !client.is_refused {
-                        return connection::serve(stream, client, proxy).await;
+                    if !peer.is_denied {
+                        return connection::serve(stream, peer, proxy).await;
                     }
                     drop(place);
                     if let Ok(_place) = refused.try_acquire() {
-                        let serving = connection::serve(stream, client, proxy);
+                        let serving = connection::serve(stream, peer, proxy);
                         let _ = timeout(REFUSED_TIMEOUT, serving).await;
                     }
                 });

@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::sock_diag::SockDiag;
-use crate::exchange::Client;
+use crate::exchange::Peer;
 use crate::log;
 
 /// How long what the group database says of a user is relied on. It may be somewhere on the network, so
@@ -50,7 +50,7 @@ impl PeerCheck {
     }
 
     /// The client's uid, where the kernel knows it for certain, and whether that user may come in.
-    pub(super) async fn identify(&self, stream: &TcpStream) -> Client {
+    pub(super) async fn identify(&self, stream: &TcpStream) -> Peer {
         let uid = self.kernel.uid(stream).unwrap_or_else(|error| {
             log::line(format_args!("cannot tell whose a connection is: {error}"));
             None
@@ -59,10 +59,9 @@ impl PeerCheck {
             Some(uid) => self.uids.contains(&uid) || self.is_member(uid).await,
             None => false,
         };
-        Client {
+        Peer {
             uid,
-            is_refused: !is_allowed,
-            ..Client::default()
+            is_denied: !is_allowed,
         }
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::net::TcpStream;
 
-use crate::exchange::Client;
+use crate::exchange::Peer;
 
 /// There is no such check.
 pub enum PeerCheck {}
@@ -25,7 +25,7 @@ impl PeerCheck {
         }
     }
 
-    pub(super) async fn identify(&self, _: &TcpStream) -> Client {
+    pub(super) async fn identify(&self, _: &TcpStream) -> Peer {
         match *self {}
     }
 }

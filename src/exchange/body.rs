@@ -1,6 +1,6 @@
-//! Bodies on their way: counted, passed on as they come, and tied to what they came from.
+//! Message bodies in transit: counted, copied for dumps, and tied to the connection they come from.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -8,25 +8,24 @@ use std::task::{Context, Poll, ready};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 
-use super::client::Client;
+use super::access_log::{AccessLogEntry, Traffic};
+use super::connection_state::ConnectionState;
 use super::dump::Tap;
-use super::record::Record;
+use crate::flush::FlushState;
 use crate::log::with_sources;
-use crate::upstream::Upstream;
+use crate::upstream::{Upstream, UpstreamConnection};
 
-/// The body of an answer to a client: our own words, or the upstream's.
-pub type AnswerBody = Either<Full<Bytes>, Download>;
+/// The body of a response to a client: one of our own, or the upstream's.
+pub type ResponseBody = Either<Full<Bytes>, Download>;
 
-/// A request's body on its way up.
+/// A request's body on its way to the upstream.
 ///
 /// Trailer fields are left out, as RFC 9110, section 6.5.1, lets every recipient do: nothing in the
 /// Responses API has any.
 pub(super) struct Upload {
     pub(super) body: Incoming,
-    /// Whose it is, who is told how it fares.
-    pub(super) client: Rc<Client>,
-    /// How many bytes of it have come.
-    pub(super) received: Rc<Cell<usize>>,
+    pub(super) state: Rc<ConnectionState>,
+    pub(super) traffic: Rc<Traffic>,
     /// Takes a copy.
     pub(super) tap: Option<Tap>,
 }
@@ -39,19 +38,17 @@ impl Body for Upload {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let this = &mut *self;
+        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
         let data = match frame {
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             end => {
-                self.client.has_sent_all.set(end.is_none());
+                this.state.set_request_complete(end.is_none());
                 return Poll::Ready(end);
             }
         };
-        self.received.set(self.received.get() + data.len());
-        self.client.has_sent_all.set(self.body.is_end_stream());
-        if let Some(tap) = &mut self.tap {
-            tap.data(&data);
-        }
+        count(&this.traffic.received, &mut this.tap, &data);
+        this.state.set_request_complete(this.body.is_end_stream());
         Poll::Ready(Some(Ok(Frame::data(data))))
     }
 
@@ -64,51 +61,35 @@ impl Body for Upload {
     }
 }
 
-/// An answer's body on its way down. Dropped before its end, it closes the upstream connection, which is
-/// how the upstream learns that the client has left.
+/// A response's body on its way to the client. Dropped before its end, it closes the upstream connection,
+/// which is how the upstream learns that the client has left.
 pub struct Download {
-    body: Incoming,
-    upstream: Rc<Upstream>,
-    client: Rc<Client>,
-    record: Record,
-    /// Why it breaks off, until what came before has gone out, and in which turn of hyper's it was asked
-    /// for last.
-    broken: Option<(hyper::Error, u64)>,
+    pub(super) body: Incoming,
+    pub(super) upstream: Rc<Upstream>,
+    /// `None` once the body is complete.
+    pub(super) connection: Option<Rc<RefCell<UpstreamConnection>>>,
+    pub(super) flush: FlushState,
+    pub(super) traffic: Rc<Traffic>,
+    pub(super) tap: Option<Tap>,
+    pub(super) entry: AccessLogEntry,
+    /// An error withheld until hyper has flushed the data before it: hyper drops what it has not flushed
+    /// when a body fails.
+    pub(super) deferred_error: Option<hyper::Error>,
 }
 
 impl Download {
-    /// The body of an answer that comes over the client's link.
-    pub(super) fn new(
-        body: Incoming,
-        upstream: Rc<Upstream>,
-        client: Rc<Client>,
-        record: Record,
-    ) -> Self {
-        let mut download = Self {
-            body,
-            upstream,
-            client,
-            record,
-            broken: None,
-        };
-        download.finish_at_end(false);
-        download
-    }
-
-    /// Once the body is whole: logs it, and keeps the link. hyper asks for nothing more after that.
-    fn finish_at_end(&mut self, is_over: bool) {
-        if (is_over || self.body.is_end_stream())
-            && let Some(link) = self.client.link.take()
-        {
-            self.record.error = None;
-            self.upstream.keep(link);
+    /// Pools the connection. hyper asks a complete body for nothing more.
+    fn complete(&mut self) {
+        self.entry.error = None;
+        if let Some(connection) = self.connection.take().and_then(Rc::into_inner) {
+            self.upstream.release(connection.into_inner());
         }
     }
-}
 
-impl Drop for Download {
-    fn drop(&mut self) {
-        self.client.link.take();
+    pub(super) fn complete_if_end_of_stream(&mut self) {
+        if self.body.is_end_stream() {
+            self.complete();
+        }
     }
 }
 
@@ -121,45 +102,49 @@ impl Body for Download {
         cx: &mut Context<'_>,
     ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
         let this = self.get_mut();
-        if let Some((error, asked)) = this.broken.take() {
-            // hyper drops what it has not flushed when a body fails. A body that has nothing to give is
-            // asked again in the same turn if all has been flushed meanwhile, and only then.
-            let turn = this.client.turn.get();
-            if turn == asked {
-                return Poll::Ready(Some(Err(error)));
-            }
-            this.broken = Some((error, turn));
-            return Poll::Pending;
+        if this.deferred_error.is_some() {
+            ready!(this.flush.poll_flushed(cx));
+            return Poll::Ready(this.deferred_error.take().map(Err));
         }
-        let frame = match &mut *this.client.link.borrow_mut() {
-            None => return Poll::Ready(None),
-            Some(link) => ready!(link.poll(cx, |cx| Pin::new(&mut this.body).poll_frame(cx))),
+        let Some(connection) = &this.connection else {
+            return Poll::Ready(None);
         };
+        let poll_body = |cx: &mut Context<'_>| Pin::new(&mut this.body).poll_frame(cx);
+        let frame = ready!(connection.borrow_mut().poll(cx, poll_body));
         match frame {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
-                this.record.data(&data);
-                this.finish_at_end(false);
+                this.flush.clear();
+                count(&this.traffic.sent, &mut this.tap, &data);
+                this.complete_if_end_of_stream();
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
             Some(Err(error)) => {
                 let detail = with_sources(&error);
-                this.record.error = Some(format!("answer broken off: {detail}"));
-                this.broken = Some((error, this.client.turn.get()));
-                Poll::Pending
+                this.entry.error = Some(format!("answer broken off: {detail}"));
+                this.deferred_error = Some(error);
+                Pin::new(this).poll_frame(cx)
             }
             None => {
-                this.finish_at_end(true);
+                this.complete();
                 Poll::Ready(None)
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.client.link.borrow().is_none()
+        self.connection.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// Accounts for a part of a body.
+fn count(bytes: &Cell<usize>, tap: &mut Option<Tap>, data: &[u8]) {
+    bytes.set(bytes.get() + data.len());
+    if let Some(tap) = tap {
+        tap.data(data);
     }
 }

@@ -5,7 +5,7 @@ use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
 use hyper::{Method, StatusCode, Version};
 
-use super::client::Client;
+use super::connection_state::Peer;
 use super::headers::named_by_connection;
 use crate::failure::Failure;
 use crate::upstream::target::{is_loopback, usable_port};
@@ -66,13 +66,9 @@ pub(super) enum Wanted {
 }
 
 /// Decides on a request by whose it is and its head alone.
-pub(super) fn decide(
-    request: &Parts,
-    client: &Client,
-    allowed: Allowed,
-) -> Result<Wanted, Failure> {
+pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Wanted, Failure> {
     let headers = &request.headers;
-    if client.is_refused {
+    if peer.is_denied {
         return Err(USER);
     }
     let is_there = |name: &&str| headers.contains_key(*name);
@@ -160,7 +156,7 @@ mod tests {
         ] {
             let request = head("POST", PATH, &[("host", host)]);
             assert_eq!(
-                decide(&request, &Client::default(), Allowed::default()),
+                decide(&request, Peer::default(), Allowed::default()),
                 Ok(Wanted::Forward(Kind::Post)),
                 "{host}"
             );
@@ -195,7 +191,7 @@ mod tests {
         ];
         for host in hosts {
             let request = head("POST", PATH, &[("host", host)]);
-            let Err(refusal) = decide(&request, &Client::default(), Allowed::default()) else {
+            let Err(refusal) = decide(&request, Peer::default(), Allowed::default()) else {
                 panic!("{host}: not refused")
             };
             assert_eq!(refusal.code, "host_not_allowed", "{host}");
@@ -212,7 +208,7 @@ mod tests {
         assert_eq!(
             decide(
                 &head("GET", "/shutdown", &local),
-                &Client::default(),
+                Peer::default(),
                 allowed(true)
             ),
             Ok(Wanted::Shutdown)
@@ -226,7 +222,7 @@ mod tests {
             assert!(
                 decide(
                     &head(method, target, &local),
-                    &Client::default(),
+                    Peer::default(),
                     allowed(enabled)
                 )
                 .is_err(),

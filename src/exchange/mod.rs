@@ -1,36 +1,38 @@
 //! One exchange: a request comes in with whose it is, and is decided on; what may pass goes up, and its
 //! answer leaves. Whatever happens, it is logged.
 
+mod access_log;
 mod body;
-mod client;
+mod connection_state;
 pub mod dump;
 mod filter;
 mod headers;
-mod record;
 mod refusal;
 mod tunnel;
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use http_body_util::Either;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
+use hyper::http::response;
 use hyper::{Request, Response, StatusCode, Version};
 use serde_json::json;
 
+use self::access_log::{AccessLogEntry, Traffic};
 use self::body::Upload;
-pub use self::body::{AnswerBody, Download};
-pub use self::client::Client;
+pub use self::body::{Download, ResponseBody};
+pub use self::connection_state::{ConnectionState, Peer};
 use self::dump::Dumper;
 pub use self::filter::Allowed;
 use self::filter::Wanted;
-use self::record::Record;
 use self::tunnel::Tunnel;
 use crate::failure::Failure;
 use crate::log;
 use crate::stop::Stop;
-use crate::upstream::{self, Kind, Link, Upstream};
+use crate::upstream::{self, Kind, Upstream, UpstreamConnection};
 
 /// What all exchanges have in common.
 pub struct Proxy {
@@ -48,35 +50,36 @@ impl Proxy {
     /// Answers one request.
     pub async fn answer(
         &self,
-        client: Rc<Client>,
+        peer: Peer,
+        state: Rc<ConnectionState>,
         request: Request<Incoming>,
-    ) -> Response<AnswerBody> {
+    ) -> Response<ResponseBody> {
         let (head, body) = request.into_parts();
         let version = head.version;
-        client.asks(version, &body);
+        state.begin_request(version, &body);
         let mut upload = Upload {
             body,
-            client: Rc::clone(&client),
-            received: Rc::default(),
+            state: Rc::clone(&state),
+            traffic: Rc::default(),
             tap: None,
         };
         // hyper follows the chunks where there is a length, too: such a connection must not go on
         // (RFC 9112, section 6.1).
-        let is_last = client.is_refused
+        let is_last = peer.is_denied
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
-        let mut response = match filter::decide(&head, &client, self.allowed) {
-            Ok(Wanted::Forward(kind)) => self.forward(&client, kind, head, upload).await,
+        let mut response = match filter::decide(&head, peer, self.allowed) {
+            Ok(Wanted::Forward(kind)) => self.forward(peer, &state, kind, head, upload).await,
             decision => {
                 // Who waits for a 100 (Continue) has sent nothing, and need not.
                 if !is_last && !head.headers.contains_key(EXPECT) {
                     upstream::discard(&mut upload).await;
                 }
-                self.end_here(decision.err(), &log::uid(client.uid))
+                self.end_here(decision.err(), &log::uid(peer.uid))
             }
         };
         *response.version_mut() = version;
-        if is_last || !client.has_sent_all.get() {
+        if is_last || !state.is_request_complete() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
         }
@@ -84,7 +87,7 @@ impl Proxy {
     }
 
     /// Refuses a request, or ends the program.
-    fn end_here(&self, refusal: Option<Failure>, uid: &str) -> Response<AnswerBody> {
+    fn end_here(&self, refusal: Option<Failure>, uid: &str) -> Response<ResponseBody> {
         let Some(refusal) = refusal else {
             log::line(format_args!("stopping: GET /shutdown by uid={uid}"));
             self.stop.begin();
@@ -99,70 +102,81 @@ impl Proxy {
 
     async fn forward(
         &self,
-        client: &Rc<Client>,
+        peer: Peer,
+        state: &Rc<ConnectionState>,
         kind: Kind,
         head: Parts,
         mut upload: Upload,
-    ) -> Response<AnswerBody> {
+    ) -> Response<ResponseBody> {
         let dumper = self.dumper.as_ref();
         let dump = dumper.map(|dumper| (dumper, dumper.next_name()));
         upload.tap = dump.as_ref().map(|(dumper, name)| {
             let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
             dumper.begin(&format!("{name}-request.json"), about, &head.headers)
         });
-        let mut record = Record::new(client.uid, Rc::clone(&upload.received));
+        let traffic = Rc::clone(&upload.traffic);
+        let mut entry = AccessLogEntry::new(peer.uid, Rc::clone(&traffic));
         let host = self.upstream.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);
-        match self.upstream.send(kind, headers, Box::pin(upload)).await {
-            Ok((link, answer)) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                switch(client, link, answer, record)
-            }
-            Ok((link, answer)) => {
-                let (mut head, body) = answer.into_parts();
-                record.status = head.status.as_u16();
-                record.tap = dump.map(|(dumper, name)| {
-                    let about = json!({ "status": record.status });
-                    dumper.begin(&format!("{name}-response.json"), about, &head.headers)
-                });
-                client.link.replace(Some(link));
-                let download =
-                    Download::new(body, Rc::clone(&self.upstream), Rc::clone(client), record);
-                head.headers = headers::end_to_end(head.headers, &[]);
-                Response::from_parts(head, Either::Right(download))
-            }
-            Err(failure) => fail(&failure, record),
+        let outcome = self.upstream.send(kind, headers, Box::pin(upload)).await;
+        let (connection, response) = match outcome {
+            Ok(response) => response,
+            Err(failure) => return fail(&failure, entry),
+        };
+        let (mut head, body) = response.into_parts();
+        entry.status = head.status.as_u16();
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            return switch(state, connection, head, traffic, entry);
         }
+        let tap = dump.map(|(dumper, name)| {
+            let about = json!({ "status": entry.status });
+            dumper.begin(&format!("{name}-response.json"), about, &head.headers)
+        });
+        head.headers = headers::end_to_end(head.headers, &[]);
+        let connection = Rc::new(RefCell::new(connection));
+        state.set_upstream(&connection);
+        let mut download = Download {
+            body,
+            upstream: Rc::clone(&self.upstream),
+            connection: Some(connection),
+            flush: state.flush.clone(),
+            traffic,
+            tap,
+            entry,
+            deferred_error: None,
+        };
+        download.complete_if_end_of_stream();
+        Response::from_parts(head, Either::Right(download))
     }
 }
 
-/// The response to a handshake that the upstream accepted. Once it has been flushed, the connection is a tunnel.
+/// The response to a handshake that the upstream accepted.
 fn switch(
-    client: &Client,
-    link: Link,
-    answer: Response<Incoming>,
-    mut record: Record,
-) -> Response<AnswerBody> {
-    let Some((upstream, early)) = link.into_upgraded() else {
+    state: &ConnectionState,
+    connection: UpstreamConnection,
+    mut head: response::Parts,
+    traffic: Rc<Traffic>,
+    entry: AccessLogEntry,
+) -> Response<ResponseBody> {
+    let Some((upstream, early)) = connection.into_upgraded() else {
         let message = "the upstream switched protocols before it had the whole request (protocol)";
-        return fail(&Failure::no_answer(message), record);
+        return fail(&Failure::no_answer(message), entry);
     };
-    record.status = answer.status().as_u16();
-    client.tunnel.replace(Some(Tunnel {
+    state.set_tunnel(Tunnel {
         upstream,
         early,
-        record,
-    }));
-    let mut response = answer.map(|_| Either::Left(Bytes::new().into()));
-    let headers = std::mem::take(response.headers_mut());
-    *response.headers_mut() = headers::end_to_end(headers, &[CONTENT_LENGTH]);
-    headers::switch_protocol(response.headers_mut());
-    response
+        traffic,
+        entry,
+    });
+    head.headers = headers::end_to_end(head.headers, &[CONTENT_LENGTH]);
+    headers::switch_protocol(&mut head.headers);
+    Response::from_parts(head, Either::Left(Bytes::new().into()))
 }
 
 /// The step that failed, in plain words; the rest is logged.
-fn fail(failure: &Failure, mut record: Record) -> Response<AnswerBody> {
-    record.status = failure.status.as_u16();
-    record.error = Some(format!("{}: {}", failure.message, failure.detail));
+fn fail(failure: &Failure, mut entry: AccessLogEntry) -> Response<ResponseBody> {
+    entry.status = failure.status.as_u16();
+    entry.error = Some(format!("{}: {}", failure.message, failure.detail));
     refusal::response(failure)
 }
 

@@ -5,11 +5,11 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
-use super::body::AnswerBody;
+use super::body::ResponseBody;
 use crate::failure::Failure;
 
 /// An error as OpenAI's API words it, so that clients show the message.
-pub(super) fn response(failure: &Failure) -> Response<AnswerBody> {
+pub(super) fn response(failure: &Failure) -> Response<ResponseBody> {
     let kind = match failure.status.is_client_error() {
         true => "invalid_request_error",
         false => "server_error",

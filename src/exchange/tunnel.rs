@@ -5,6 +5,7 @@ use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::record::Record;
+use super::access_log::{AccessLogEntry, Traffic};
 use crate::stop::Stop;
 use crate::upstream::Stream;
 
@@ -25,35 +26,36 @@ const READ_SIZE: usize = 16 << 10;
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The upstream's side of a tunnel whose client still waits for the response to its handshake.
-pub struct Tunnel {
+pub(crate) struct Tunnel {
     pub(super) upstream: Stream,
     /// Sent by the upstream right behind its response.
     pub(super) early: Bytes,
-    pub(super) record: Record,
+    pub(super) traffic: Rc<Traffic>,
+    pub(super) entry: AccessLogEntry,
 }
 
 impl Tunnel {
     /// Copies until both sides have closed, one has failed, or shutdown ends a silent tunnel. `early` was
     /// read from the client behind its handshake.
-    pub async fn run(
+    pub(crate) async fn run(
         mut self,
         mut client: impl AsyncRead + AsyncWrite + Unpin,
         early: Bytes,
         stop: &Stop,
     ) {
         // Stays so if the tunnel is dropped, which only the end of the shutdown does.
-        self.record.error = Some("still open at the end of the shutdown".into());
+        self.entry.error = Some("still open at the end of the shutdown".into());
         let activity = Activity {
             last: Cell::new(Instant::now()),
             closed: Notify::new(),
         };
-        let mut sent = Direction::new(early);
-        let mut received = Direction::new(self.early);
+        let mut up = Direction::new(early, &self.traffic.received, &activity);
+        let mut down = Direction::new(self.early, &self.traffic.sent, &activity);
         let copying = poll_fn(|cx| {
-            let sent = sent.poll_copy(cx, &mut client, &mut self.upstream, &activity)?;
-            let received = received.poll_copy(cx, &mut self.upstream, &mut client, &activity)?;
-            ready!(sent);
-            received.map(Ok)
+            let up = up.poll_copy(cx, &mut client, &mut self.upstream)?;
+            let down = down.poll_copy(cx, &mut self.upstream, &mut client)?;
+            ready!(up);
+            down.map(Ok)
         });
         let outcome = tokio::select! {
             biased;
@@ -63,22 +65,20 @@ impl Tunnel {
                 false => Err(io::Error::other("one side closed and the other did not")),
             },
         };
-        self.record.error = outcome.err().map(|error| error.to_string());
-        self.record.received.set(sent.count);
-        self.record.sent = received.count;
+        self.entry.error = outcome.err().map(|error| error.to_string());
     }
 }
 
 /// What both directions of a tunnel report.
 struct Activity {
-    /// When bytes have last arrived, or an end.
+    /// When bytes have last been passed on, or an end has come.
     last: Cell<Instant>,
     /// One side has closed.
     closed: Notify,
 }
 
 impl Activity {
-    /// Returns once a side has closed or shutdown has begun, and nothing has arrived for some time.
+    /// Returns once a side has closed or shutdown has begun, and nothing has been passed on for some time.
     async fn falls_silent(&self, stop: &Stop) {
         tokio::select! {
             () = self.closed.notified() => {}
@@ -91,23 +91,27 @@ impl Activity {
 }
 
 /// One direction of a tunnel.
-#[derive(Default)]
-struct Direction {
+struct Direction<'a> {
     /// Bytes that have been read and not yet written.
     pending: Bytes,
     is_flushed: bool,
     is_at_end: bool,
     is_shut_down: bool,
     /// How many bytes have been read.
-    count: usize,
+    count: &'a Cell<usize>,
+    activity: &'a Activity,
 }
 
-impl Direction {
-    fn new(early: Bytes) -> Self {
+impl<'a> Direction<'a> {
+    fn new(early: Bytes, count: &'a Cell<usize>, activity: &'a Activity) -> Self {
+        count.set(early.len());
         Self {
-            count: early.len(),
             pending: early,
-            ..Self::default()
+            is_flushed: false,
+            is_at_end: false,
+            is_shut_down: false,
+            count,
+            activity,
         }
     }
 
@@ -117,7 +121,6 @@ impl Direction {
         cx: &mut Context<'_>,
         from: &mut (impl AsyncRead + Unpin),
         to: &mut (impl AsyncWrite + Unpin),
-        activity: &Activity,
     ) -> Poll<io::Result<()>> {
         let (mut from, mut to) = (Pin::new(from), Pin::new(to));
         loop {
@@ -126,6 +129,7 @@ impl Direction {
                     0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                     count => self.pending.advance(count),
                 }
+                self.activity.last.set(Instant::now());
             }
             // Lets go of its allocation, which may be the whole buffer that hyper has read into.
             self.pending = Bytes::new();
@@ -149,13 +153,13 @@ impl Direction {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
                 outcome => outcome?,
             }
-            activity.last.set(Instant::now());
             self.pending = Bytes::copy_from_slice(buffer.filled());
-            self.count += self.pending.len();
+            self.count.set(self.count.get() + self.pending.len());
             self.is_flushed = false;
             if self.pending.is_empty() {
                 self.is_at_end = true;
-                activity.closed.notify_one();
+                self.activity.last.set(Instant::now());
+                self.activity.closed.notify_one();
             }
         }
     }
@@ -163,8 +167,6 @@ impl Direction {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
-
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::{sleep, timeout};
 
@@ -177,11 +179,12 @@ mod tests {
     ) -> Option<u128> {
         let (mut client, inner_client) = duplex(100);
         let (mut upstream, inner_upstream) = duplex(100);
-        let record = Record::new(None, Rc::default());
+        let traffic = Rc::<Traffic>::default();
         let tunnel = Tunnel {
             upstream: Box::new(inner_upstream),
             early: Bytes::new(),
-            record,
+            entry: AccessLogEntry::new(None, Rc::clone(&traffic)),
+            traffic,
         };
         let stop = Stop::default();
         let begun = Instant::now();

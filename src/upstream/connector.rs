@@ -88,7 +88,7 @@ impl Connector {
     ///
     /// It gathers entropy when it is first used, which takes some 40 ms of CPU: better now than in
     /// the first request, and better after the socket listens than before.
-    pub fn warm_up(&self) {
+    pub fn seed_rng(&self) {
         if let Some((connector, _)) = &self.tls {
             let provider = connector.config().crypto_provider();
             let _ = provider.secure_random.fill(&mut [0]);

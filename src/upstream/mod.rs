@@ -1,11 +1,11 @@
 //! What goes out: headers and a body come in, and a request with the credential goes up; its answer leaves,
-//! with the [`Link`] that it comes over.
+//! with the [`UpstreamConnection`] that it comes over.
 
-mod authorizing;
+mod authorizing_stream;
+mod connection;
 mod connector;
-mod link;
+pub mod outbound_proxy;
 mod pool;
-pub mod proxy;
 pub mod target;
 
 use std::future::poll_fn;
@@ -18,9 +18,9 @@ use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
-use self::authorizing::Opening;
+use self::authorizing_stream::Opening;
+pub use self::connection::{RequestBody, UpstreamConnection};
 pub use self::connector::{Connector, Stream};
-pub use self::link::{Link, RequestBody};
 use self::pool::Pool;
 use self::target::Target;
 use crate::failure::Failure;
@@ -68,9 +68,9 @@ impl Upstream {
 
     /// Does what the first connection would have to wait for, and then drops links that get too old.
     /// Never ends.
-    pub async fn keep_up(&self) {
-        self.connector.warm_up();
-        self.pool.sweep().await;
+    pub async fn maintain(&self) {
+        self.connector.seed_rng();
+        self.pool.evict_expired().await;
     }
 
     /// Sends a request over an idle link or a new one and waits for the head of its answer.
@@ -86,19 +86,19 @@ impl Upstream {
         kind: Kind,
         headers: HeaderMap,
         body: RequestBody,
-    ) -> Result<(Link, Response<Incoming>), Failure> {
+    ) -> Result<(UpstreamConnection, Response<Incoming>), Failure> {
         let mut request = Request::new(body);
         *request.method_mut() = kind.method();
         *request.uri_mut() = self.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
-            let kept = self.take();
+            let kept = self.acquire();
             let is_kept = kept.is_some();
             let mut link = match kept {
                 Some(link) => link,
                 // Boxed, so that only those who connect have its memory.
                 None => match Box::pin(self.connector.connect()).await {
-                    Ok(stream) => Link::new(stream, Rc::clone(&self.opening)).await?,
+                    Ok(stream) => UpstreamConnection::new(stream, Rc::clone(&self.opening)).await?,
                     Err(failure) => {
                         discard(request.body_mut()).await;
                         return Err(failure);
@@ -117,14 +117,15 @@ impl Upstream {
     }
 
     /// The idle link used last that is still open.
-    fn take(&self) -> Option<Link> {
-        std::iter::from_fn(|| self.pool.take()).find_map(|mut link| link.is_idle().then_some(link))
+    fn acquire(&self) -> Option<UpstreamConnection> {
+        std::iter::from_fn(|| self.pool.acquire())
+            .find_map(|mut link| link.is_idle().then_some(link))
     }
 
     /// Keeps a link whose answer is whole, if it can be used again.
-    pub fn keep(&self, mut link: Link) {
+    pub fn release(&self, mut link: UpstreamConnection) {
         if link.is_idle() {
-            self.pool.keep(link);
+            self.pool.release(link);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::link::Link;
+use super::connection::UpstreamConnection;
 
 /// How many idle links are kept at the most; there are never more than were in use at once.
 const MAX_IDLE: usize = 1024;
@@ -16,9 +16,9 @@ const MAX_IDLE: usize = 1024;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Idle things, the one used last at the end, with the time since when they are.
-pub(super) struct Pool<T = Link> {
+pub(super) struct Pool<T = UpstreamConnection> {
     idle: RefCell<VecDeque<(T, Instant)>>,
-    /// Tells [`Pool::sweep`] that there is one again.
+    /// Tells [`Pool::evict_expired`] that there is one again.
     filled: Notify,
 }
 
@@ -33,12 +33,12 @@ impl<T> Default for Pool<T> {
 
 impl<T> Pool<T> {
     /// Takes the one that was used last.
-    pub(super) fn take(&self) -> Option<T> {
+    pub(super) fn acquire(&self) -> Option<T> {
         self.idle.borrow_mut().pop_back().map(|(idle, _)| idle)
     }
 
     /// Keeps one, unless there are too many.
-    pub(super) fn keep(&self, idle: T) {
+    pub(super) fn release(&self, idle: T) {
         let mut all = self.idle.borrow_mut();
         if all.len() < MAX_IDLE {
             all.push_back((idle, Instant::now()));
@@ -47,7 +47,7 @@ impl<T> Pool<T> {
     }
 
     /// Drops each when it is too old. Never ends.
-    pub(super) async fn sweep(&self) {
+    pub(super) async fn evict_expired(&self) {
         loop {
             let oldest = self.idle.borrow().front().map(|(_, since)| *since);
             match oldest {
@@ -71,21 +71,21 @@ mod tests {
     async fn the_last_used_is_taken_first_and_each_is_dropped_after_90_seconds() {
         let pool = Pool::default();
         let sweep = async {
-            pool.sweep().await;
+            pool.evict_expired().await;
         };
         let story = async {
-            pool.keep(1);
+            pool.release(1);
             tokio::time::sleep(Duration::from_secs(60)).await;
-            pool.keep(2);
-            assert_eq!(pool.take(), Some(2));
-            pool.keep(2);
+            pool.release(2);
+            assert_eq!(pool.acquire(), Some(2));
+            pool.release(2);
             let milliseconds = Duration::from_millis;
             tokio::time::sleep(milliseconds(29_999)).await;
             assert_eq!(pool.idle.borrow().len(), 2);
             tokio::time::sleep(milliseconds(2)).await;
             assert_eq!(pool.idle.borrow().len(), 1, "the first is 90 s old");
             tokio::time::sleep(milliseconds(60_000)).await;
-            assert_eq!(pool.take(), None, "and so is the second");
+            assert_eq!(pool.acquire(), None, "and so is the second");
         };
         tokio::select! { () = sweep => unreachable!(), () = story => {} }
     }
@@ -93,8 +93,8 @@ mod tests {
     #[test]
     fn at_most_1024_are_kept() {
         let pool = Pool::default();
-        (0..2000).for_each(|number| pool.keep(number));
+        (0..2000).for_each(|number| pool.release(number));
         assert_eq!(pool.idle.borrow().len(), 1024);
-        assert_eq!(pool.take(), Some(1023));
+        assert_eq!(pool.acquire(), Some(1023));
     }
 }

@@ -14,8 +14,9 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 
 use super::Kind;
-use super::authorizing::{Announced, Authorizing, Opening, Progress};
+use super::authorizing_stream::{Announced, Announcement, AuthorizingStream, Opening};
 use super::connector::Stream;
+use crate::flush::{FlushNoting, FlushState};
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 
 /// A request's body on its way up.
@@ -25,22 +26,28 @@ pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error>>>;
 ///
 /// The connection is no task of its own: whoever holds the link drives it, so that an event goes from
 /// socket to socket within one poll of one task, and letting go of the link is closing the connection.
-pub struct Link {
+pub struct UpstreamConnection {
     sender: SendRequest<RequestBody>,
-    connection: Connection<TokioIo<Authorizing<Stream>>, RequestBody>,
+    connection: Connection<TokioIo<FlushNoting<AuthorizingStream<Stream>>>, RequestBody>,
     has_ended: bool,
-    progress: Rc<Progress>,
+    announcement: Announcement,
+    flush: FlushState,
     waker: Arc<QuietWaker>,
 }
 
-impl Link {
+impl UpstreamConnection {
     /// A connection that has not been used.
     pub(super) async fn new(stream: Stream, opening: Rc<Opening>) -> hyper::Result<Self> {
-        let progress: Rc<Progress> = Rc::default();
-        let stream = Authorizing {
+        let announcement = Announcement::default();
+        let flush = FlushState::default();
+        let stream = AuthorizingStream {
             stream,
             opening,
-            progress: Rc::clone(&progress),
+            announcement: Rc::clone(&announcement),
+        };
+        let stream = FlushNoting {
+            stream,
+            state: flush.clone(),
         };
         let (sender, connection) = Builder::new()
             .max_headers(MAX_HEADERS)
@@ -52,7 +59,8 @@ impl Link {
             sender,
             connection,
             has_ended: false,
-            progress,
+            announcement,
+            flush,
             waker: Arc::default(),
         })
     }
@@ -98,8 +106,7 @@ impl Link {
         kind: Kind,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
-        let announced = Announced::new(kind);
-        self.progress.announced.set(Some(announced));
+        self.announcement.set(Some(Announced::new(kind)));
         let mut answer = pin!(self.sender.try_send_request(request));
         poll_fn(|cx| self.poll(cx, |cx| answer.as_mut().poll(cx))).await
     }
@@ -122,13 +129,13 @@ impl Link {
     pub fn into_upgraded(self) -> Option<(Stream, Bytes)> {
         let is_upgraded = self.has_ended && self.is_flushed();
         let parts = self.connection.into_parts();
-        is_upgraded.then(|| (parts.io.into_inner().stream, parts.read_buf))
+        is_upgraded.then(|| (parts.io.into_inner().stream.stream, parts.read_buf))
     }
 
     /// Whether all that hyper has been given to send is sent.
     #[must_use]
     pub fn is_flushed(&self) -> bool {
-        !self.progress.is_unflushed.get()
+        self.flush.is_flushed()
     }
 }
 

@@ -99,24 +99,18 @@ impl Opening {
     }
 }
 
-/// What the stream and whoever sends requests over it tell each other.
-#[derive(Default)]
-pub(super) struct Progress {
-    /// The request whose opening is being written; `None` while other bytes pass. Set before hyper is
-    /// given a request.
-    pub(super) announced: Cell<Option<Announced>>,
-    /// Something was to be written since the last flush that succeeded.
-    pub(super) is_unflushed: Cell<bool>,
-}
+/// The request whose opening is being written; `None` while other bytes pass. It is set before hyper is
+/// given a request.
+pub(super) type Announcement = Rc<Cell<Option<Announced>>>;
 
 /// A stream to the upstream that adds the credential to each request.
-pub(super) struct Authorizing<S> {
+pub(super) struct AuthorizingStream<S> {
     pub(super) stream: S,
     pub(super) opening: Rc<Opening>,
-    pub(super) progress: Rc<Progress>,
+    pub(super) announcement: Announcement,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Authorizing<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -126,7 +120,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Authorizing<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Authorizing<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -142,14 +136,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Authorizing<S> {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let mut stream = Pin::new(&mut this.stream);
-        this.progress.is_unflushed.set(true);
-        while let Some(announced) = this.progress.announced.get() {
+        while let Some(announced) = this.announcement.get() {
             let slices = this.opening.slices(announced, bufs)?;
             let written = ready!(unless_closed(
                 stream.as_mut().poll_write_vectored(cx, &slices)
             ))?;
             let (next, hypers) = this.opening.advance(announced, written);
-            this.progress.announced.set(next);
+            this.announcement.set(next);
             // If only some of the credential went out, there is nothing to report yet.
             if hypers > 0 || written == 0 {
                 return Poll::Ready(Ok(hypers));
@@ -163,9 +156,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Authorizing<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(unless_closed(Pin::new(&mut self.stream).poll_flush(cx)))?;
-        self.progress.is_unflushed.set(false);
-        Poll::Ready(Ok(()))
+        unless_closed(Pin::new(&mut self.stream).poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -252,18 +243,17 @@ mod tests {
     }
 
     /// Writes all of `pieces` as hyper would: what is left of them, until nothing is.
-    fn write(stream: &mut Authorizing<Wire>, pieces: &[&[u8]]) -> io::Result<()> {
+    fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> io::Result<()> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let mut pieces: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         let mut left = pieces.as_mut_slice();
         while left.iter().any(|piece| !piece.is_empty()) {
             match Pin::new(&mut *stream).poll_write_vectored(&mut cx, left) {
-                Poll::Pending => assert!(stream.progress.is_unflushed.get()),
+                Poll::Pending => {}
                 Poll::Ready(count) => IoSlice::advance_slices(&mut left, count?),
             }
         }
         assert!(Pin::new(&mut *stream).poll_flush(&mut cx).is_ready());
-        assert!(!stream.progress.is_unflushed.get());
         Ok(())
     }
 
@@ -271,19 +261,19 @@ mod tests {
     fn the_line_stands_behind_the_request_line_however_it_is_written() {
         let opening = opening();
         let check = |kind: Kind, wire: &[u8], pieces: &[&[u8]], takes: &[usize]| {
-            let progress = Rc::new(Progress::default());
+            let announcement = Announcement::default();
             let stream = Wire {
                 takes: takes.iter().copied().collect(),
                 ..Wire::default()
             };
-            let mut stream = Authorizing {
+            let mut stream = AuthorizingStream {
                 stream,
                 opening: Rc::clone(&opening),
-                progress: Rc::clone(&progress),
+                announcement: Rc::clone(&announcement),
             };
             // The second request takes the same way, and what is between them none.
             for _ in 0..2 {
-                progress.announced.set(Some(Announced::new(kind)));
+                announcement.set(Some(Announced::new(kind)));
                 write(&mut stream, pieces).unwrap();
                 write(&mut stream, &[b"more"]).unwrap();
             }
@@ -325,13 +315,13 @@ mod tests {
             (Kind::Handshake, "POST /v1 HTTP/1.1\r\n\r\n"),
             (Kind::Post, "rest of a body"),
         ] {
-            let progress = Rc::new(Progress::default());
-            let mut stream = Authorizing {
+            let announcement = Announcement::default();
+            let mut stream = AuthorizingStream {
                 stream: Wire::default(),
                 opening: Rc::clone(&opening),
-                progress: Rc::clone(&progress),
+                announcement: Rc::clone(&announcement),
             };
-            progress.announced.set(Some(Announced::new(kind)));
+            announcement.set(Some(Announced::new(kind)));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);
             assert!(
                 !stream
