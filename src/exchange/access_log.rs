@@ -1,50 +1,45 @@
 //! The log line of a forwarded request.
 
-use std::cell::Cell;
-use std::rc::Rc;
+use std::cell::{Cell, RefCell};
 use std::time::Instant;
 
 use crate::log;
-
-/// How many bytes of bodies, or through a tunnel, have come from the client and gone to it.
-#[derive(Default)]
-pub(super) struct Traffic {
-    pub(super) received: Cell<usize>,
-    pub(super) sent: Cell<usize>,
-}
 
 /// The line, written when the entry is dropped: however a request ends, it is logged.
 pub(super) struct AccessLogEntry {
     uid: Option<u32>,
     started: Instant,
-    traffic: Rc<Traffic>,
+    /// How many bytes of bodies, or through a tunnel, have come from the client and gone to it.
+    pub(super) received: Cell<usize>,
+    pub(super) sent: Cell<usize>,
     /// The response's status; 0 before there is one.
-    pub(super) status: u16,
+    pub(super) status: Cell<u16>,
     /// Why the response isn't whole. Details are for the log alone.
-    pub(super) error: Option<String>,
+    pub(super) error: RefCell<Option<String>>,
 }
 
 impl AccessLogEntry {
     /// An entry for a request that begins now.
-    pub(super) fn new(uid: Option<u32>, traffic: Rc<Traffic>) -> Self {
+    pub(super) fn new(uid: Option<u32>) -> Self {
         Self {
             uid,
             started: Instant::now(),
-            traffic,
-            status: 0,
+            received: Cell::new(0),
+            sent: Cell::new(0),
+            status: Cell::new(0),
             // hyper drops whatever belongs to a client that leaves, and says nothing.
-            error: Some("client left".into()),
+            error: RefCell::new(Some("client left".into())),
         }
     }
 }
 
 impl Drop for AccessLogEntry {
     fn drop(&mut self) {
-        let (uid, status) = (log::uid(self.uid), self.status);
-        let (received, sent) = (self.traffic.received.get(), self.traffic.sent.get());
+        let (uid, status) = (log::uid(self.uid), self.status.get());
+        let (received, sent) = (self.received.get(), self.sent.get());
         let milliseconds = self.started.elapsed().as_millis();
-        let error = self.error.iter().map(|error| format!(" error={error:?}"));
-        let error: String = error.collect();
+        let error = self.error.get_mut().iter();
+        let error: String = error.map(|error| format!(" error={error:?}")).collect();
         log::line(format_args!(
             "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}"
         ));

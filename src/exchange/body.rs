@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 
-use super::access_log::{AccessLogEntry, Traffic};
+use super::access_log::AccessLogEntry;
 use super::connection_state::ConnectionState;
 use super::dump::Tap;
 use crate::flush::FlushState;
@@ -25,7 +25,7 @@ pub type ResponseBody = Either<Full<Bytes>, Download>;
 pub(super) struct Upload {
     pub(super) body: Incoming,
     pub(super) state: Rc<ConnectionState>,
-    pub(super) traffic: Rc<Traffic>,
+    pub(super) entry: Rc<AccessLogEntry>,
     /// Takes a copy.
     pub(super) tap: Option<Tap>,
 }
@@ -47,7 +47,7 @@ impl Body for Upload {
                 return Poll::Ready(end);
             }
         };
-        count(&this.traffic.received, &mut this.tap, &data);
+        count(&this.entry.received, &mut this.tap, &data);
         this.state.set_request_complete(this.body.is_end_stream());
         Poll::Ready(Some(Ok(Frame::data(data))))
     }
@@ -69,9 +69,8 @@ pub struct Download {
     /// `None` once the body is complete.
     pub(super) connection: Option<Rc<RefCell<UpstreamConnection>>>,
     pub(super) flush: FlushState,
-    pub(super) traffic: Rc<Traffic>,
+    pub(super) entry: Rc<AccessLogEntry>,
     pub(super) tap: Option<Tap>,
-    pub(super) entry: AccessLogEntry,
     /// An error withheld until hyper has flushed the data before it: hyper drops what it has not flushed
     /// when a body fails.
     pub(super) deferred_error: Option<hyper::Error>,
@@ -80,7 +79,7 @@ pub struct Download {
 impl Download {
     /// Pools the connection. hyper asks a complete body for nothing more.
     fn complete(&mut self) {
-        self.entry.error = None;
+        self.entry.error.take();
         if let Some(connection) = self.connection.take().and_then(Rc::into_inner) {
             self.upstream.release(connection.into_inner());
         }
@@ -115,13 +114,14 @@ impl Body for Download {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
                 this.flush.clear();
-                count(&this.traffic.sent, &mut this.tap, &data);
+                count(&this.entry.sent, &mut this.tap, &data);
                 this.complete_if_end_of_stream();
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
             Some(Err(error)) => {
                 let detail = with_sources(&error);
-                this.entry.error = Some(format!("answer broken off: {detail}"));
+                let message = format!("answer broken off: {detail}");
+                this.entry.error.replace(Some(message));
                 this.deferred_error = Some(error);
                 Pin::new(this).poll_frame(cx)
             }

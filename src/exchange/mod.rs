@@ -14,14 +14,14 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use http_body_util::Either;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::http::response;
 use hyper::{Request, Response, StatusCode, Version};
 use serde_json::json;
 
-use self::access_log::{AccessLogEntry, Traffic};
+use self::access_log::AccessLogEntry;
 use self::body::Upload;
 pub use self::body::{Download, ResponseBody};
 pub use self::connection_state::{ConnectionState, Peer};
@@ -54,26 +54,21 @@ impl Proxy {
         state: Rc<ConnectionState>,
         request: Request<Incoming>,
     ) -> Response<ResponseBody> {
-        let (head, body) = request.into_parts();
+        let (head, mut body) = request.into_parts();
         let version = head.version;
         state.begin_request(version, &body);
-        let mut upload = Upload {
-            body,
-            state: Rc::clone(&state),
-            traffic: Rc::default(),
-            tap: None,
-        };
         // hyper follows the chunks where there is a length, too: such a connection must not go on
         // (RFC 9112, section 6.1).
         let is_last = peer.is_denied
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
         let mut response = match filter::decide(&head, peer, self.allowed) {
-            Ok(Wanted::Forward(kind)) => self.forward(peer, &state, kind, head, upload).await,
+            Ok(Wanted::Forward(kind)) => self.forward(peer, &state, kind, head, body).await,
             decision => {
                 // Who waits for a 100 (Continue) has sent nothing, and need not.
                 if !is_last && !head.headers.contains_key(EXPECT) {
-                    upstream::discard(&mut upload).await;
+                    upstream::discard(&mut body).await;
+                    state.set_request_complete(body.is_end_stream());
                 }
                 self.end_here(decision.err(), &log::uid(peer.uid))
             }
@@ -106,30 +101,35 @@ impl Proxy {
         state: &Rc<ConnectionState>,
         kind: Kind,
         head: Parts,
-        mut upload: Upload,
+        body: Incoming,
     ) -> Response<ResponseBody> {
         let dumper = self.dumper.as_ref();
         let dump = dumper.map(|dumper| (dumper, dumper.next_name()));
-        upload.tap = dump.as_ref().map(|(dumper, name)| {
+        let tap = dump.as_ref().map(|(dumper, name)| {
             let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
             dumper.begin(&format!("{name}-request.json"), about, &head.headers)
         });
-        let traffic = Rc::clone(&upload.traffic);
-        let mut entry = AccessLogEntry::new(peer.uid, Rc::clone(&traffic));
+        let entry = Rc::new(AccessLogEntry::new(peer.uid));
+        let upload = Upload {
+            body,
+            state: Rc::clone(state),
+            entry: Rc::clone(&entry),
+            tap,
+        };
         let host = self.upstream.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);
         let outcome = self.upstream.send(kind, headers, Box::pin(upload)).await;
         let (connection, response) = match outcome {
             Ok(response) => response,
-            Err(failure) => return fail(&failure, entry),
+            Err(failure) => return fail(&failure, &entry),
         };
         let (mut head, body) = response.into_parts();
-        entry.status = head.status.as_u16();
+        entry.status.set(head.status.as_u16());
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return switch(state, connection, head, traffic, entry);
+            return switch(state, connection, head, entry);
         }
         let tap = dump.map(|(dumper, name)| {
-            let about = json!({ "status": entry.status });
+            let about = json!({ "status": entry.status.get() });
             dumper.begin(&format!("{name}-response.json"), about, &head.headers)
         });
         head.headers = headers::end_to_end(head.headers, &[]);
@@ -140,9 +140,8 @@ impl Proxy {
             upstream: Rc::clone(&self.upstream),
             connection: Some(connection),
             flush: state.flush.clone(),
-            traffic,
-            tap,
             entry,
+            tap,
             deferred_error: None,
         };
         download.complete_if_end_of_stream();
@@ -155,17 +154,15 @@ fn switch(
     state: &ConnectionState,
     connection: UpstreamConnection,
     mut head: response::Parts,
-    traffic: Rc<Traffic>,
-    entry: AccessLogEntry,
+    entry: Rc<AccessLogEntry>,
 ) -> Response<ResponseBody> {
     let Some((upstream, early)) = connection.into_upgraded() else {
         let message = "the upstream switched protocols before it had the whole request (protocol)";
-        return fail(&Failure::no_answer(message), entry);
+        return fail(&Failure::no_answer(message), &entry);
     };
     state.set_tunnel(Tunnel {
         upstream,
         early,
-        traffic,
         entry,
     });
     head.headers = headers::end_to_end(head.headers, &[CONTENT_LENGTH]);
@@ -174,9 +171,10 @@ fn switch(
 }
 
 /// The step that failed, in plain words; the rest is logged.
-fn fail(failure: &Failure, mut entry: AccessLogEntry) -> Response<ResponseBody> {
-    entry.status = failure.status.as_u16();
-    entry.error = Some(format!("{}: {}", failure.message, failure.detail));
+fn fail(failure: &Failure, entry: &AccessLogEntry) -> Response<ResponseBody> {
+    entry.status.set(failure.status.as_u16());
+    let error = format!("{}: {}", failure.message, failure.detail);
+    entry.error.replace(Some(error));
     refusal::response(failure)
 }
 

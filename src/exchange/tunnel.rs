@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::access_log::{AccessLogEntry, Traffic};
+use super::access_log::AccessLogEntry;
 use crate::stop::Stop;
 use crate::upstream::Stream;
 
@@ -30,8 +30,7 @@ pub(crate) struct Tunnel {
     pub(super) upstream: Stream,
     /// Sent by the upstream right behind its response.
     pub(super) early: Bytes,
-    pub(super) traffic: Rc<Traffic>,
-    pub(super) entry: AccessLogEntry,
+    pub(super) entry: Rc<AccessLogEntry>,
 }
 
 impl Tunnel {
@@ -44,13 +43,14 @@ impl Tunnel {
         stop: &Stop,
     ) {
         // Stays so if the tunnel is dropped, which only the end of the shutdown does.
-        self.entry.error = Some("still open at the end of the shutdown".into());
+        let error = "still open at the end of the shutdown";
+        self.entry.error.replace(Some(error.into()));
         let activity = Activity {
             last: Cell::new(Instant::now()),
             closed: Notify::new(),
         };
-        let mut up = Direction::new(early, &self.traffic.received, &activity);
-        let mut down = Direction::new(self.early, &self.traffic.sent, &activity);
+        let mut up = Direction::new(early, &self.entry.received, &activity);
+        let mut down = Direction::new(self.early, &self.entry.sent, &activity);
         let copying = poll_fn(|cx| {
             let up = up.poll_copy(cx, &mut client, &mut self.upstream)?;
             let down = down.poll_copy(cx, &mut self.upstream, &mut client)?;
@@ -65,7 +65,8 @@ impl Tunnel {
                 false => Err(io::Error::other("one side closed and the other did not")),
             },
         };
-        self.entry.error = outcome.err().map(|error| error.to_string());
+        let error = outcome.err().map(|error| error.to_string());
+        self.entry.error.replace(error);
     }
 }
 
@@ -179,12 +180,10 @@ mod tests {
     ) -> Option<u128> {
         let (mut client, inner_client) = duplex(100);
         let (mut upstream, inner_upstream) = duplex(100);
-        let traffic = Rc::<Traffic>::default();
         let tunnel = Tunnel {
             upstream: Box::new(inner_upstream),
             early: Bytes::new(),
-            entry: AccessLogEntry::new(None, Rc::clone(&traffic)),
-            traffic,
+            entry: Rc::new(AccessLogEntry::new(None)),
         };
         let stop = Stop::default();
         let begun = Instant::now();
