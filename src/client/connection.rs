@@ -148,11 +148,7 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
                 return Poll::Ready(Ok(()));
             }
         }
-        let outcome = Pin::new(&mut connection).poll(cx);
-        if outcome.is_pending() {
-            state.drive_upload(cx);
-        }
-        outcome
+        Pin::new(&mut connection).poll(cx)
     })
     .await;
     let parts = connection.into_parts();
@@ -286,7 +282,8 @@ mod tests {
             come
         };
         let serving = async { serve_http1(far, Peer::default(), &state, &proxy).await.2 };
-        let (outcome, come) = tokio::join!(serving, breaking);
+        let both = async { tokio::join!(serving, breaking) };
+        let (outcome, come) = tokio::task::LocalSet::new().run_until(both).await;
         assert!(outcome.is_err_and(|error| error.is_user()));
         assert_eq!(come.iter().filter(|&&byte| byte == b'#').count(), LENGTH);
         assert!(!come.ends_with(b"0\r\n\r\n"));

@@ -1,6 +1,6 @@
 //! Message bodies in transit: counted, copied for dumps, and tied to the connection they come from.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -67,7 +67,7 @@ pub struct Download {
     pub(super) body: Incoming,
     pub(super) upstream: Rc<Upstream>,
     /// `None` once the body is complete.
-    pub(super) connection: Option<Rc<RefCell<UpstreamConnection>>>,
+    pub(super) connection: Option<UpstreamConnection>,
     pub(super) flush: FlushState,
     pub(super) entry: Rc<AccessLogEntry>,
     pub(super) tap: Option<Tap>,
@@ -80,8 +80,8 @@ impl Download {
     /// Pools the connection. hyper asks a complete body for nothing more.
     fn complete(&mut self) {
         self.entry.error.take();
-        if let Some(connection) = self.connection.take().and_then(Rc::into_inner) {
-            self.upstream.release(connection.into_inner());
+        if let Some(connection) = self.connection.take() {
+            self.upstream.release(connection);
         }
     }
 
@@ -105,12 +105,7 @@ impl Body for Download {
             ready!(this.flush.poll_flushed(cx));
             return Poll::Ready(this.deferred_error.take().map(Err));
         }
-        let Some(connection) = &this.connection else {
-            return Poll::Ready(None);
-        };
-        let poll_body = |cx: &mut Context<'_>| Pin::new(&mut this.body).poll_frame(cx);
-        let frame = ready!(connection.borrow_mut().poll(cx, poll_body));
-        match frame {
+        match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
                 this.flush.clear();

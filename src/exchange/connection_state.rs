@@ -1,15 +1,12 @@
 //! State shared by a client connection and its current request.
 
 use std::cell::{Cell, RefCell};
-use std::rc::{Rc, Weak};
-use std::task::{Context, Poll};
 
 use hyper::Version;
 use hyper::body::{Body, Incoming};
 
 use super::tunnel::Tunnel;
 use crate::flush::FlushState;
-use crate::upstream::UpstreamConnection;
 
 /// The process at the other end of a client connection.
 #[derive(Clone, Copy, Default)]
@@ -25,7 +22,6 @@ pub struct Peer {
 pub struct ConnectionState {
     version: Cell<Option<Version>>,
     is_request_complete: Cell<bool>,
-    upstream: RefCell<Weak<RefCell<UpstreamConnection>>>,
     tunnel: RefCell<Option<Tunnel>>,
     /// Whether hyper has flushed what it was given to send to the client.
     pub(crate) flush: FlushState,
@@ -51,22 +47,6 @@ impl ConnectionState {
     /// Whether the last request has come whole.
     pub(crate) fn is_request_complete(&self) -> bool {
         self.is_request_complete.get()
-    }
-
-    /// The request's response comes over this connection.
-    pub(super) fn set_upstream(&self, connection: &Rc<RefCell<UpstreamConnection>>) {
-        self.upstream.replace(Rc::downgrade(connection));
-    }
-
-    /// Forwards what has come of a request whose response has begun. While the response waits for the
-    /// client to read, hyper asks for no more of it, and a client may read only when it has sent all.
-    pub(crate) fn drive_upload(&self, cx: &mut Context<'_>) {
-        if let Some(upstream) = self.upstream.borrow().upgrade() {
-            let mut upstream = upstream.borrow_mut();
-            if !(self.is_request_complete() && upstream.is_flushed()) {
-                let _ = upstream.poll(cx, |_| Poll::<()>::Pending);
-            }
-        }
     }
 
     /// Once its response, a 101, has been flushed, the connection becomes this tunnel.

@@ -10,7 +10,6 @@ mod headers;
 mod refusal;
 mod tunnel;
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use http_body_util::Either;
@@ -126,15 +125,13 @@ impl Proxy {
         let (mut head, body) = response.into_parts();
         entry.status.set(head.status.as_u16());
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return switch(state, connection, head, entry);
+            return switch(state, connection, head, entry).await;
         }
         let tap = dump.map(|(dumper, name)| {
             let about = json!({ "status": entry.status.get() });
             dumper.begin(&format!("{name}-response.json"), about, &head.headers)
         });
         head.headers = headers::end_to_end(head.headers, &[]);
-        let connection = Rc::new(RefCell::new(connection));
-        state.set_upstream(&connection);
         let mut download = Download {
             body,
             upstream: Rc::clone(&self.upstream),
@@ -150,13 +147,13 @@ impl Proxy {
 }
 
 /// The response to a handshake that the upstream accepted.
-fn switch(
+async fn switch(
     state: &ConnectionState,
     connection: UpstreamConnection,
     mut head: response::Parts,
     entry: Rc<AccessLogEntry>,
 ) -> Response<ResponseBody> {
-    let Some((upstream, early)) = connection.into_upgraded() else {
+    let Some((upstream, early)) = connection.into_upgraded().await else {
         let message = "the upstream switched protocols before it had the whole request (protocol)";
         return fail(&Failure::no_answer(message), &entry);
     };

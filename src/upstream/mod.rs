@@ -118,12 +118,11 @@ impl Upstream {
 
     /// The idle link used last that is still open.
     fn acquire(&self) -> Option<UpstreamConnection> {
-        std::iter::from_fn(|| self.pool.acquire())
-            .find_map(|mut link| link.is_idle().then_some(link))
+        std::iter::from_fn(|| self.pool.acquire()).find_map(|link| link.is_idle().then_some(link))
     }
 
     /// Keeps a link whose answer is whole, if it can be used again.
-    pub fn release(&self, mut link: UpstreamConnection) {
+    pub fn release(&self, link: UpstreamConnection) {
         if link.is_idle() {
             self.pool.release(link);
         }
