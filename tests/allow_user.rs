@@ -45,7 +45,8 @@ mod linux {
         }
         let upstream = Upstream::start(ok);
         let launch = allowing(&upstream, [&*ALLOWED.to_string(), "root"]);
-        let mut proxy = launch.arg("--http-shutdown").start();
+        let launch = launch.args(["--http-shutdown", "--websocket"]);
+        let mut proxy = launch.start();
         for (uid, status, line) in [
             (ALLOWED, 200, "request "),
             (0, 200, "request "),
@@ -59,11 +60,14 @@ mod linux {
         }
         assert_eq!(upstream.seen().len(), 3);
         // On no path: neither to get through nor to stop it.
-        let requests = "POST /v1/responses|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
+        let requests = "POST /v1/responses|a handshake|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
         for request in requests.split('|') {
             let mut client = client_of(REFUSED, &proxy);
             let headers = "Host: localhost\r\nContent-Length: 2";
-            let bytes = format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}");
+            let bytes = match request {
+                "a handshake" => handshake(""),
+                _ => format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}"),
+            };
             client.send(bytes).unwrap();
             let response = client.response().unwrap();
             assert_eq!(response.status(), 403, "{request}: {response:?}");

@@ -4,8 +4,10 @@
 mod support;
 
 use serde_json::{Value, json};
-use std::{env, fs, net::TcpStream, os::unix::fs::symlink, path::Path, process::Command};
+use std::sync::mpsc::Sender;
+use std::{env, fs, io, net::TcpStream, os::unix::fs::symlink, path::Path, process::Command};
 use support::*;
+use tungstenite::{Message, WebSocket, protocol::Role};
 
 fn with_info_file(file: &Path) -> Proxy {
     Launch::new().arg("--server-info").arg(file).start()
@@ -167,12 +169,14 @@ fn openais_own_does_the_same() {
 const WORDS: [&str; 6] = ["The ", "key ", "stays ", "with ", "the ", "proxy."];
 const QUESTION: &str = "Where does the key stay?";
 
-fn run(codex: &str, proxy: &Proxy) -> String {
+/// Runs Codex with a provider that is the proxy and has these settings, too; what it prints.
+fn run(codex: &str, proxy: &Proxy, settings: &str) -> String {
     let home = Folder::new();
     let mut command = Command::new(codex);
     command.env_clear();
     let url = format!("http://127.0.0.1:{}/v1", proxy.port);
-    let provider = format!("{{ name = 'proxy', base_url = '{url}', wire_api = 'responses' }}");
+    let wire_api = "wire_api = 'responses'";
+    let provider = format!("{{ name = 'proxy', base_url = '{url}', {wire_api}{settings} }}");
     let launch = Launch::of(command).env("PATH", env::var_os("PATH").unwrap());
     let launch = launch.env("HOME", &*home).env("CODEX_HOME", &*home);
     let launch = launch.args(["exec", "--skip-git-repo-check", QUESTION]);
@@ -205,7 +209,7 @@ fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
         exchange.answer_events(&events(&WORDS))
     });
     let printed = match codex() {
-        Some(codex) => run(&codex, &proxy),
+        Some(codex) => run(&codex, &proxy, ""),
         None => {
             let why = "no `codex` on PATH, nor named by CODEX: what it sent is replayed";
             skip("running Codex through the proxy", why);
@@ -226,4 +230,88 @@ fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
         assert_eq!(body["stream"], true);
         assert!(body.to_string().contains(QUESTION), "{body}");
     }
+}
+
+/// Speaks the Responses API over a WebSocket, and tells what it was asked.
+fn respond(exchange: &mut Exchange<'_>, tell: &Sender<Value>) -> io::Result<()> {
+    let mut socket = exchange.websocket()?;
+    while let Some((request, events)) = next_request(&mut socket, &WORDS) {
+        for event in events {
+            socket.send(event).map_err(io::Error::other)?;
+        }
+        tell.send(request).unwrap();
+    }
+    Ok(())
+}
+
+/// Replays the handshake and the requests of codex-cli 0.169.0, as far as they matter here; the words of the response.
+fn replay_websocket(proxy: &Proxy) -> String {
+    let client = open_tunnel(proxy, CODEX_HEADERS);
+    let stream = client.socket().try_clone().unwrap();
+    let mut socket = WebSocket::from_raw_socket(stream, Role::Client, None);
+    let message = json!({ "type": "message", "role": "user", "content": [{ "type": "input_text", "text": QUESTION }] });
+    let mut words = String::new();
+    for request in [
+        json!({ "type": "response.create", "stream": true, "input": [], "generate": false }),
+        json!({ "type": "response.create", "stream": true, "input": [message] }),
+    ] {
+        socket.send(Message::text(request.to_string())).unwrap();
+        let mut kind = Value::Null;
+        while kind != "response.completed" {
+            let text = socket.read().unwrap().into_text().unwrap();
+            let mut event: Value = text.parse().unwrap();
+            words += event["delta"].as_str().unwrap_or_default();
+            kind = event["type"].take();
+        }
+    }
+    words
+}
+
+#[test]
+fn codex_streams_over_a_websocket_through_the_proxy() {
+    let (tell, told) = telling();
+    let upstream = Upstream::start(move |exchange| respond(exchange, &tell));
+    let mut proxy = start_with_websocket(&upstream);
+    let printed = match codex() {
+        Some(codex) => run(&codex, &proxy, ", supports_websockets = true"),
+        None => {
+            let why = "no `codex` on PATH, nor named by CODEX: its handshake is replayed";
+            skip("running Codex over a WebSocket", why);
+            replay_websocket(&proxy)
+        }
+    };
+    assert_eq!(printed, WORDS.concat());
+    let [first, second] = [(); 2].map(|()| told.wait().unwrap());
+    assert_eq!(first["generate"], false);
+    assert!(second.to_string().contains(QUESTION), "{second}");
+    let line = proxy.wait_for_request("request ", &[" status=101 "]);
+    assert!(!line.contains("error="), "{line}");
+    let log = proxy.stop().stderr;
+    let refused = log.iter().any(|line| line.starts_with("refused "));
+    assert!(!refused, "{log:#?}");
+    let [seen] = upstream.close().try_into().expect("one handshake");
+    assert_eq!(seen.head.start, "GET /v1/responses HTTP/1.1");
+    assert_eq!(seen.head.all("authorization"), [format!("Bearer {KEY}")]);
+    let beta = seen.head.get("openai-beta").unwrap_or_default();
+    assert!(beta.starts_with("responses_websockets="), "{beta}");
+}
+
+#[test]
+fn codex_falls_back_to_post_at_once_where_bodies_are_dumped() {
+    let Some(codex) = codex() else {
+        let why = "no `codex` on PATH, nor named by CODEX";
+        return skip("running Codex with --websocket and --dump-dir", why);
+    };
+    let upstream = Upstream::start(|exchange| {
+        exchange.body()?;
+        exchange.answer_events(&events(&WORDS))
+    });
+    let folder = Folder::new();
+    let launch = Launch::to(&upstream).args(["--websocket", "--dump-dir"]);
+    let mut proxy = launch.arg(folder.join("dumps")).start();
+    let printed = run(&codex, &proxy, ", supports_websockets = true");
+    assert_eq!(printed, WORDS.concat());
+    // One handshake, and then no more of them.
+    proxy.wait_for_request("refused ", &[" status=426 "]);
+    proxy.wait_for_request("request ", &[" status=200 "]);
 }

@@ -110,7 +110,7 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
     end();
 }
 
-/// Has the proxy do all that there is, this often on each connection, and looks for the key in all of its memory.
+/// Has the proxy do all that there is, this often on each connection, and looks for the key.
 fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launch) {
     if !is_root_for("reading all of the proxy's memory") {
         return;
@@ -138,9 +138,14 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launc
     let expected = cases.filter(|case| !incomplete.contains(case)).count();
     assert_eq!(complete, CONNECTIONS * expected);
     assert!(upstream.connections() >= CONNECTIONS);
+    assert_once_in_memory(&proxy);
+    drop(clients);
+}
 
+/// Stops the program, and looks for the key in all of its memory.
+fn assert_once_in_memory(proxy: &Proxy) {
     proxy.freeze();
-    let memory = Memory::read(&proxy);
+    let memory = Memory::read(proxy);
     let bytes = memory.bytes() as u64;
     assert!(bytes > MIB, "{bytes} bytes are not all of its memory");
     let name = memory.find(b"codex-responses-api-proxy");
@@ -152,7 +157,7 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launc
         let places = memory.find(part);
         assert_eq!(places.len(), 1, "a part of the key: {places:#?}");
     }
-    let bearers = memory.find(bearer.as_bytes());
+    let bearers = memory.find(format!("Bearer {KEY}").as_bytes());
     assert!(bearers.len() <= 1, "{bearers:#?}");
 
     let mapping = whole[0].0;
@@ -162,7 +167,6 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launc
     // Locked, not in dumps, not in forks.
     let flags = VmFlags::LO | VmFlags::DD | VmFlags::DC;
     assert!(mapping.extension.vm_flags.contains(flags), "{mapping:?}");
-    drop(clients);
 }
 
 #[test]
@@ -198,4 +202,51 @@ fn neither_dumps_nor_an_upstream_without_tls_leave_it_anywhere_else() {
         launch.arg("--dump-dir").arg(folder.join("dumps"))
     });
     assert_once(false, 14, |launch| launch);
+}
+
+#[test]
+fn a_thousand_open_websockets_hold_the_key_once() {
+    const TUNNELS: usize = 1_000;
+    if !is_root_for("reading all of the proxy's memory") {
+        return;
+    }
+    // Both ends are here, and each tunnel may need two descriptors at either.
+    raise_descriptor_limit(5_000);
+    let upstream = Upstream::start(|exchange| match exchange.header("x-case").as_str() {
+        "refused" => exchange.answer("401 Unauthorized", "", b""),
+        _ => echo_tunnel(exchange),
+    });
+    let proxy = start_with_websocket(&upstream);
+    let is_after_another = |number: usize| number.is_multiple_of(10);
+    let begin = |number| {
+        // Heads of many lengths, as above.
+        let padding = "p".repeat(number * 7 % 500);
+        let headers = format!("X-Padding: {padding}\r\nAuthorization: mine\r\n");
+        let refused = handshake(&format!("{headers}X-Case: refused\r\n"));
+        let before = if is_after_another(number) {
+            &*refused
+        } else {
+            ""
+        };
+        let mut client = proxy.client();
+        let head = [before, &handshake(&headers), "early"].concat();
+        client.send(head).unwrap();
+        client
+    };
+    let mut clients: Vec<_> = (0..TUNNELS).map(begin).collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        if is_after_another(number) {
+            assert_eq!(client.response().unwrap().status(), 401);
+        }
+        assert_eq!(client.head().unwrap().status(), 101);
+        assert_eq!(client.receive(5).unwrap(), b"early");
+    }
+    wait_until_still(&proxy, || 0);
+    let seen = upstream.seen();
+    assert_eq!(seen.len(), TUNNELS + TUNNELS / 10);
+    for seen in seen {
+        let bearer = format!("Bearer {KEY}");
+        assert_eq!(seen.head.all("authorization"), [bearer]);
+    }
+    assert_once_in_memory(&proxy);
 }

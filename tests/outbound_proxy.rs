@@ -116,6 +116,27 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
 }
 
 #[test]
+fn websocket_goes_through_the_proxy_encrypted() {
+    let upstream = Upstream::start(echo_tunnel);
+    let tunnels = Tunnels::start(ESTABLISHED);
+    let launch = Launch::to(&upstream).env("HTTPS_PROXY", &tunnels.url);
+    let proxy = launch.arg("--websocket").start();
+    let mut client = open_tunnel(&proxy, "");
+    client.send("a secret message").unwrap();
+    assert_eq!(client.receive(16).unwrap(), b"a secret message");
+    client.finish_sending();
+    assert_eq!(client.until_closed().unwrap(), b"");
+    let came = tunnels.came();
+    let [all] = came.as_slice() else {
+        panic!("not one tunnel but {came:#?}");
+    };
+    assert!(all.starts_with("CONNECT localhost:"), "{all}");
+    for hidden in [KEY, "/v1/responses", "websocket", "secret"] {
+        assert!(!all.contains(hidden), "TLS is end to end: {all}");
+    }
+}
+
+#[test]
 fn variables_say_what_is_reached_directly() {
     const PLAIN: &str = "localhost, without TLS";
     // What is reached through RIGHT is not reached directly, and nothing ever through WRONG. The module has more.

@@ -144,7 +144,12 @@ fn streams_that_are_abandoned_at_once_leave_nothing_behind() {
 fn thousands_of_requests_leave_memory_level() {
     const ROUNDS: usize = 100;
     let (tell, left) = telling();
-    let (_upstream, proxy) = serve(move |exchange| match exchange.body()? {
+    let upstream = Upstream::start(move |exchange| match exchange.body()?.to_vec().as_slice() {
+        b"" if exchange.header("x-leaves") == "upstream" => {
+            exchange.switch("", b"x")?;
+            exchange.close()
+        }
+        b"" => echo_tunnel(exchange),
         b"stream" => abandoned(exchange, &tell),
         b"break" => {
             exchange.send("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this")?;
@@ -153,9 +158,15 @@ fn thousands_of_requests_leave_memory_level() {
         b"nothing" => exchange.close(),
         _ => ok(exchange),
     });
+    let proxy = start_with_websocket(&upstream);
     let mut kept = proxy.client();
     let mut rounds = |count| {
-        for _ in 0..count {
+        for round in 0..count {
+            let leaves = ["client", "upstream"][round % 2];
+            let mut tunnel = open_tunnel(&proxy, &format!("X-Leaves: {leaves}\r\n"));
+            tunnel.send("x").unwrap();
+            tunnel.receive(1).unwrap();
+            drop(tunnel);
             for _ in 0..5 {
                 assert_eq!(kept.ask().unwrap().status(), 200);
             }
@@ -238,6 +249,49 @@ fn a_slow_reader_of_a_fast_stream_slows_the_upstream_down() {
     client.head().unwrap();
     flood.assert_gets_stuck(&proxy, before);
     assert_eq!(client.rest().unwrap().len() as u64, flood.sent());
+}
+
+#[test]
+fn websocket_with_a_slow_reader_slows_the_sender_down() {
+    let (go_on, held) = telling();
+    let (tell, count) = telling();
+    let flood = Arc::new(Flood::default());
+    let upstreams = flood.clone();
+    let upstream = Upstream::start(move |exchange| match exchange.header("x-sends").as_str() {
+        "" => ok(exchange),
+        "client" => {
+            exchange.switch("", b"")?;
+            held.wait()?;
+            tell.send(exchange.until_closed()?.len() as u64).unwrap();
+            exchange.close()
+        }
+        _ => {
+            exchange.switch("", b"")?;
+            upstreams.run(|piece| exchange.send(piece))?;
+            exchange.close()
+        }
+    });
+    let proxy = start_with_websocket(&upstream);
+    assert_eq!(proxy.ask().status(), 200);
+    let before = memory(&proxy).1;
+    let mut client = open_tunnel(&proxy, "X-Sends: upstream\r\n");
+    flood.assert_gets_stuck(&proxy, before);
+    let came = client.until_closed().unwrap().len() as u64;
+    assert_eq!(came, flood.sent());
+
+    let flood = Flood::default();
+    let mut client = open_tunnel(&proxy, "X-Sends: client\r\n");
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            flood.run(|piece| client.send(piece))?;
+            client.finish_sending();
+            client.until_closed()
+        });
+        flood.assert_gets_stuck(&proxy, before);
+        go_on.send(()).unwrap();
+        assert_eq!(sender.join().unwrap().unwrap(), b"");
+    });
+    assert_eq!(count.wait().unwrap(), flood.sent());
 }
 
 #[test]

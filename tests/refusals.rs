@@ -129,6 +129,55 @@ fn tunnels_are_refused_and_upgrades_ignored() {
     check(Refused, places.map(connect));
 }
 
+#[test]
+fn rejects_requests_that_are_almost_websocket_handshakes() {
+    let change = |from: &str, to: &str| {
+        let changed = handshake("").replace(from, to);
+        assert_ne!(changed, handshake(""), "{from}");
+        changed
+    };
+    let targets = "/v1/responses? /v1/responses?model=any /v1/responses/ /v1/responses/ws /v1/models / /v1//responses \
+        http://localhost/v1/responses ws://localhost/v1/responses";
+    let target = |target| change("/v1/responses", target);
+    let methods = "PUT DELETE OPTIONS get";
+    let method = |method| change("GET", method);
+    // An HTTP/1.0 request can't ask for an upgrade (RFC 9110, section 7.8).
+    let versions = ["HTTP/1.0"].map(|version| change("HTTP/1.1", version));
+    let upgrades = "Upgrade: h2c|Upgrade: |Upgrade: websocket, h2c|Upgrade: h2c, websocket|Upgrade: websocket/13|\
+        Upgrade: websocketx|Upgrade: \"websocket\"|Upgrade: websocket\r\nUpgrade: websocket|\
+        Upgrade: h2c\r\nUpgrade: websocket|X-Upgrade: websocket";
+    let upgrade = |upgrade| change("Upgrade: websocket", upgrade);
+    let connections = "X: 1|Connection: |Connection: keep-alive|Connection: close|Connection: \"upgrade\"|\
+        Connection: upgrade-insecure|Connection: keep-alive upgrade";
+    let connection = |connection| change("Connection: Upgrade", connection);
+    let hosts = FOREIGN.split('|').map(|host| change("localhost", host));
+    let with = |header: &str| handshake(&format!("{header}\r\n"));
+    let bodies = [
+        with("Content-Length: 2") + "{}",
+        with("Transfer-Encoding: chunked") + "2\r\n{}\r\n0\r\n\r\n",
+    ];
+    let all = targets.split_whitespace().map(target);
+    let all = all.chain(methods.split(' ').map(method)).chain(versions);
+    let all = all.chain(upgrades.split('|').map(upgrade));
+    let all = all.chain(connections.split('|').map(connection));
+    // A page's script can't leave out Origin: no page opens a WebSocket here.
+    let all = all.chain(BROWSERS.split('|').map(with));
+    let all = all.chain(hosts).chain(bodies);
+    let all: Vec<_> = all.collect();
+    // Without the flag, neither they nor a proper handshake are forwarded.
+    check(Refused, all.iter().cloned().chain([handshake("")]));
+    check_with(&["--websocket"], Refused, all);
+    let hosts = ["", "Host: localhost\r\nHost: localhost\r\n"];
+    let hosts = hosts.map(|host| change("Host: localhost\r\n", host));
+    let others = [
+        with("Content-Length: 2\r\nContent-Length: 3") + "{}",
+        with("Transfer-Encoding: gzip"),
+        change("Upgrade: websocket", "Upgrade : websocket"),
+    ];
+    let all = hosts.into_iter().chain(others);
+    check_with(&["--websocket"], Malformed, all);
+}
+
 const BROWSERS: &str = "Origin: https://evil.example|Origin: http://localhost:3000|Origin: null|Origin: |\
     origin: https://evil.example|Sec-Fetch-Site: cross-site|Sec-Fetch-Site: same-origin|Sec-Fetch-Site: none|\
     Connection: origin\r\nOrigin: https://evil.example";
@@ -180,15 +229,22 @@ fn a_large_refused_request_ends_its_connection_and_nobody_waits() {
 
 #[test]
 fn a_refused_request_is_not_asked_for_its_body_and_does_not_harm_the_next() {
-    let (upstream, proxy) = serve(ok);
+    let upstream = Upstream::start(ok);
+    let proxy = start_with_websocket(&upstream);
     let expects = "Origin: null\r\nExpect: 100-continue\r\nContent-Length: 5\r\n";
-    for (method, headers) in [("POST", expects), ("HEAD", "Connection: close\r\n")] {
+    for (method, headers) in [
+        ("POST", expects),
+        ("HEAD", "Connection: close\r\n"),
+        ("HEAD", HANDSHAKE),
+    ] {
         let mut client = proxy.client();
         let head = client.post_head(headers).replace("POST", method);
         client.send(head).unwrap();
         assert_eq!(client.head().unwrap().status(), 403, "no 100 before");
         if method != "HEAD" {
             client.rest().unwrap();
+        }
+        if headers != "Connection: close\r\n" {
             client.finish_sending();
         }
         assert_eq!(client.until_closed().unwrap(), b"", "{method}");

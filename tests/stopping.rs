@@ -91,6 +91,41 @@ fn an_upload_in_flight_is_finished_and_answered() {
 }
 
 #[test]
+fn shutdown_lets_busy_and_starting_websockets_finish() {
+    let (tell, arrived) = telling();
+    let (go_on, held) = telling();
+    let upstream = Upstream::start(move |exchange| {
+        if exchange.header("x-case") == "starting" {
+            tell.send(()).unwrap();
+            held.wait()?;
+        }
+        echo_tunnel(exchange)
+    });
+    let mut proxy = start_with_websocket(&upstream);
+    let busy = open_tunnel(&proxy, "");
+    let mut starting = proxy.client();
+    let head = handshake("X-Case: starting\r\n");
+    starting.send(head).unwrap();
+    arrived.wait().unwrap();
+    proxy.signal(SIGTERM);
+    wait_until_refused(&proxy);
+    go_on.send(()).unwrap();
+    assert_eq!(starting.head().unwrap().status(), 101);
+    for mut client in [busy, starting] {
+        for _ in 0..3 {
+            client.send("more").unwrap();
+            assert_eq!(client.receive(4).unwrap(), b"more");
+        }
+        assert!(proxy.is_running());
+        client.finish_sending();
+        assert_eq!(client.until_closed().unwrap(), b"");
+        let line = proxy.wait_for_request("request ", &[" status=101 ", " in=12 out=12"]);
+        assert!(!line.contains("error="), "{line}");
+    }
+    assert_eq!(proxy.wait().status.code(), Some(0));
+}
+
+#[test]
 fn clients_with_nothing_in_flight_that_never_leave_do_not_hold_it_up() {
     // A connection that has sent nothing yet has half a second to do so. Clients that were waited for would take
     // seconds, up to thirty.

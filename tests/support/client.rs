@@ -125,6 +125,11 @@ impl Client {
         Ok(Response { head, body })
     }
 
+    /// Exactly this many of the bytes that follow the last response, on a connection that was upgraded.
+    pub(crate) fn receive(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        self.wire.receive(count)
+    }
+
     /// Waits for the proxy to close this connection; what it still sent.
     pub(crate) fn until_closed(&mut self) -> io::Result<Vec<u8>> {
         self.wire.until_closed()

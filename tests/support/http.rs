@@ -150,6 +150,13 @@ impl<S: Read> Wire<S> {
         Ok(all)
     }
 
+    /// Exactly this many of the bytes that follow a message, on a connection that was upgraded.
+    pub(crate) fn receive(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; count];
+        self.reader.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Everything that still comes before the connection ends, however it ends.
     pub(crate) fn until_closed(&mut self) -> io::Result<Vec<u8>> {
         let mut all = Vec::new();

@@ -12,12 +12,15 @@ pub(crate) mod linux;
 pub(crate) mod memory;
 pub(crate) mod proxy;
 pub(crate) mod upstream;
+pub(crate) mod websocket;
 
 pub(crate) use client::Client;
 pub(crate) use http::{Framing, Head, PATIENCE, is_closed};
 pub(crate) use proxy::{KEY, Launch, PROGRAM, Proxy};
 pub(crate) use upstream::{Exchange, Folder, Script, Seen, Told, Upstream};
-pub(crate) use upstream::{echo, events, ok, telling};
+pub(crate) use upstream::{echo, events, next_request, ok, telling};
+pub(crate) use websocket::{CODEX_HEADERS, HANDSHAKE, both, start_with_websocket};
+pub(crate) use websocket::{echo_tunnel, handshake, open_tunnel};
 #[cfg(target_os = "linux")]
 pub(crate) use {linux::*, memory::Memory};
 

@@ -18,6 +18,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use tungstenite::handshake::derive_accept_key;
+use tungstenite::protocol::Role;
+use tungstenite::{Message, WebSocket};
 
 /// What the stand-in does with a request. An error ends the connection.
 pub(crate) trait Script:
@@ -39,8 +42,9 @@ pub(crate) fn echo(exchange: &mut Exchange<'_>) -> io::Result<()> {
     exchange.answer("200 OK", "", &body)
 }
 
-/// The events of an answer with these words, as the Responses API sends them and Codex wants to see them.
-pub(crate) fn events(words: &[&str]) -> Vec<String> {
+/// The events of a response with these words, as the Responses API sends them and Codex wants to see them: over a
+/// WebSocket one to a text message.
+fn messages(words: &[&str]) -> Vec<Value> {
     let message = |content| json!({ "type": "message", "id": "msg_1", "role": "assistant", "content": content });
     let text = json!([{ "type": "output_text", "text": words.concat(), "annotations": [] }]);
     let usage = json!({ "input_tokens": 1, "output_tokens": 1, "total_tokens": 2 });
@@ -55,9 +59,38 @@ pub(crate) fn events(words: &[&str]) -> Vec<String> {
         json!({ "type": "response.output_item.done", "output_index": 0, "item": message(text) }),
         json!({ "type": "response.completed", "response": { "id": "resp_1", "usage": usage } }),
     ]);
+    events
+}
+
+/// The same as server-sent events.
+pub(crate) fn events(words: &[&str]) -> Vec<String> {
     let name = |event: &Value| event["type"].as_str().unwrap().to_owned();
     let line = |event: Value| format!("event: {}\ndata: {event}\n\n", name(&event));
-    events.into_iter().map(line).collect()
+    messages(words).into_iter().map(line).collect()
+}
+
+/// The next request over a WebSocket, and the events of the response with these words; nothing when the client has left,
+/// which Codex does without a close frame.
+pub(crate) fn next_request(
+    socket: &mut WebSocket<&mut Exchange<'_>>,
+    words: &[&str],
+) -> Option<(Value, Vec<Message>)> {
+    while let Ok(message) = socket.read() {
+        let Message::Text(text) = message else {
+            continue;
+        };
+        let request: Value = text.parse().expect("JSON");
+        // Codex warms a connection up with a request that generates nothing.
+        let words = if request["generate"] == false {
+            &[]
+        } else {
+            words
+        };
+        let events = messages(words).into_iter();
+        let events = events.map(|event| Message::text(event.to_string()));
+        return Some((request, events.collect()));
+    }
+    None
 }
 
 /// Something that a script and a test tell each other, and wait for.
@@ -339,6 +372,40 @@ impl Exchange<'_> {
         self.chunk("")
     }
 
+    /// Accepts a WebSocket handshake with these headers, and sends these bytes in the same segment.
+    pub(crate) fn switch(&mut self, headers: &str, rest: &[u8]) -> io::Result<()> {
+        // The body is empty, and the request is recorded before the client learns that it arrived.
+        self.body()?;
+        let accept = derive_accept_key(self.header("sec-websocket-key").as_bytes());
+        let head = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Accept: {accept}\r\n{headers}\r\n"
+        );
+        self.send([head.as_bytes(), rest].concat())
+    }
+
+    /// Accepts a WebSocket handshake.
+    pub(crate) fn websocket(&mut self) -> io::Result<WebSocket<&mut Self>> {
+        self.switch("", b"")?;
+        Ok(WebSocket::from_raw_socket(self, Role::Server, None))
+    }
+
+    /// Exactly this many of the bytes that follow the request, on a connection that was upgraded.
+    pub(crate) fn receive(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        self.wire.receive(count)
+    }
+
+    /// Waits for the proxy to close this connection, or its half of it; what it still sent.
+    pub(crate) fn until_closed(&mut self) -> io::Result<Vec<u8>> {
+        self.wire.until_closed()
+    }
+
+    /// Closes the sending half of the connection.
+    pub(crate) fn finish_sending(&mut self) -> io::Result<()> {
+        self.wire.reader.get_mut().end()?;
+        self.socket.shutdown(Shutdown::Write)
+    }
+
     /// Closes the connection now, properly.
     pub(crate) fn close(&mut self) -> io::Result<()> {
         self.wire.reader.get_mut().end()?;
@@ -369,6 +436,22 @@ impl Exchange<'_> {
         if !std::mem::replace(&mut self.recorded, true) {
             self.shared.seen.lock().unwrap().push(self.seen.clone());
         }
+    }
+}
+
+impl Read for Exchange<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.wire.reader.read(buffer)
+    }
+}
+
+impl Write for Exchange<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wire.reader.get_mut().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.wire.reader.get_mut().flush()
     }
 }
 

@@ -1,0 +1,273 @@
+//! `--websocket` forwards a WebSocket handshake on `GET /v1/responses` with the key, and returns what the upstream responds.
+//! Handshakes that are rejected because of what they say are in `refusals`.
+
+mod support;
+
+use support::*;
+
+#[test]
+fn handshake_passes_headers_both_ways_and_adds_the_key() {
+    const ACCEPTED: &str = "Sec-WebSocket-Extensions: permessage-deflate\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\
+        Keep-Alive: timeout=9\r\nX-Request-Id: req_1\r\n";
+    for (name, upstream) in both(|exchange| exchange.switch(ACCEPTED, b"")) {
+        let url = format!("{}?api-version=1&a=%20", upstream.url());
+        let launch = Launch::new().trusting(&upstream).url(&url);
+        let mut proxy = launch.arg("--websocket").start();
+        let theirs = "Authorization: Bearer theirs\r\nauthorization: again\r\nKeep-Alive: 5\r\nX-Twice: 1\r\n\
+            X-Named: hop-by-hop\r\nX-Twice: 2\r\n";
+        let mut client = proxy.client();
+        let head = handshake(&format!("{theirs}{CODEX_HEADERS}"));
+        // Names and the token are case-insensitive (RFC 6455, section 4.2.1).
+        let head = head.replace("Upgrade: websocket", "upgrade: WebSocket");
+        let head = head.replace(
+            "Connection: Upgrade",
+            "connection: keep-alive, x-named, UPGRADE",
+        );
+        client.send(head).unwrap();
+        let response = client.head().unwrap();
+        assert_eq!(response.start, "HTTP/1.1 101 Switching Protocols", "{name}");
+        let mut fields = response.sorted();
+        fields.retain(|field| !field.starts_with("date: "));
+        assert_eq!(
+            fields,
+            [
+                "connection: Upgrade",
+                "sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+                "sec-websocket-extensions: permessage-deflate",
+                "set-cookie: a=1",
+                "set-cookie: b=2",
+                "upgrade: websocket",
+                "x-request-id: req_1"
+            ],
+            "{name}"
+        );
+        let head = upstream.only().head;
+        assert_eq!(head.start, "GET /v1/responses?api-version=1&a=%20 HTTP/1.1");
+        assert_eq!(
+            head.sorted(),
+            [
+                &format!("authorization: Bearer {KEY}"),
+                "connection: Upgrade",
+                &format!("host: localhost:{}", upstream.port),
+                "openai-beta: responses_websockets=2026-02-06",
+                "originator: codex_exec",
+                "sec-websocket-extensions: permessage-deflate; client_max_window_bits",
+                "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
+                "sec-websocket-version: 13",
+                "upgrade: websocket",
+                "user-agent: codex_exec/0.169.0 (Debian 12.0.0; x86_64) unknown (codex_exec; 0.169.0)",
+                "x-codex-beta-features: remote_compaction_v2",
+                "x-twice: 1",
+                "x-twice: 2",
+            ],
+            "{name}"
+        );
+        drop(client);
+        proxy.wait_for_request("request uid=", &[" status=101 ", " in=0 out=0"]);
+    }
+}
+
+/// What accepts a handshake, as far as the proxy looks at it.
+const SWITCHING: &str =
+    "101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+
+/// What stands for the body of an error made by the proxy.
+const OURS: &str = "ours";
+
+/// What an upstream responds to a handshake, and the body that the client gets with that status, or with a 502.
+const RESPONSES: [(&str, &str); 8] = [
+    (
+        "401 Unauthorized\r\nContent-Length: 9\r\n\r\nno access",
+        "no access",
+    ),
+    (
+        "429 Too Many Requests\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nslow\r\n0\r\n\r\n",
+        "slow",
+    ),
+    ("200 OK\r\nContent-Length: 5\r\n\r\nhello", "hello"),
+    ("204 No Content\r\nUpgrade: websocket\r\n\r\n", ""),
+    ("426 Upgrade Required\r\nContent-Length: 0\r\n\r\n", ""),
+    ("101 Switching Protocols\r\n\r\n", OURS),
+    (
+        "101 Switching Protocols\r\nConnection: upgrade\r\n\r\n",
+        OURS,
+    ),
+    (
+        "101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
+        OURS,
+    ),
+];
+
+#[test]
+fn responses_other_than_a_proper_101_open_no_tunnel() {
+    let upstreams = both(|exchange| {
+        exchange.body()?;
+        match exchange.header("x-row").parse::<usize>() {
+            Ok(row) => exchange.send(format!("HTTP/1.1 {}", RESPONSES[row].0)),
+            Err(_) => ok(exchange),
+        }
+    });
+    for (name, upstream) in upstreams {
+        let mut proxy = start_with_websocket(&upstream);
+        let mut client = proxy.client();
+        for (row, (response, body)) in RESPONSES.into_iter().enumerate() {
+            let name = format!("{name}: {response}");
+            let status = if body == OURS { "502" } else { &response[..3] };
+            let connections = upstream.connections();
+            client
+                .send(handshake(&format!("X-Row: {row}\r\n")))
+                .unwrap();
+            let came = client.response().expect(&name);
+            assert_eq!(came.status().to_string(), status, "{name}: {came:?}");
+            proxy.wait_for_request("request ", &[&format!(" status={status} ")]);
+            if body == OURS {
+                assert!(!came.error_message().contains(KEY), "{name}");
+            } else {
+                assert_eq!(came.body, body.as_bytes(), "{name}");
+            }
+            // The client's connection goes on, and the upstream's is pooled unless it was upgraded.
+            assert_eq!(client.ask().unwrap().status(), 200, "{name}: the next");
+            proxy.wait_for_request("request ", &[" status=200 "]);
+            let expected = match (row, body) {
+                (0, _) => 1,
+                (_, OURS) => connections + 1,
+                _ => connections,
+            };
+            assert_eq!(upstream.connections(), expected, "{name}");
+        }
+        let came = upstream.seen().len();
+        assert_eq!(came, 2 * RESPONSES.len(), "{name}: each came once");
+    }
+}
+
+#[test]
+fn post_that_offers_an_upgrade_remains_a_post() {
+    let upstreams = both(|exchange| match exchange.header("x-case").as_str() {
+        "ok" => ok(exchange),
+        // Before the body has arrived.
+        "early 101" => exchange.send(format!("HTTP/1.1 {SWITCHING}")),
+        _ => exchange.switch("", b"bytes"),
+    });
+    for (name, upstream) in upstreams {
+        let proxy = start_with_websocket(&upstream);
+        for (case, status) in [("ok", 200), ("101", 502), ("early 101", 502)] {
+            let mut client = proxy.client();
+            let headers = format!("{HANDSHAKE}X-Case: {case}\r\nContent-Length: 10\r\n");
+            let head = client.post_head(&headers);
+            let body = if case == "early 101" {
+                "half"
+            } else {
+                "0123456789"
+            };
+            client.send(head + body).unwrap();
+            let response = client.response().expect(case);
+            assert_eq!(response.status(), status, "{name}: {case}");
+            assert_eq!(response.head.get("upgrade"), None, "{name}: {case}");
+            if status == 502 {
+                assert!(!response.error_message().contains(KEY), "{name}");
+            }
+        }
+        proxy.stop();
+        for seen in upstream.close() {
+            assert!(seen.head.start.starts_with("POST "), "{name}: {seen:?}");
+            assert_eq!(seen.head.get("upgrade"), None, "{name}");
+        }
+    }
+}
+
+#[test]
+fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
+    let (tell, told) = telling();
+    // By what it does with a pooled connection: before a handshake comes over it, or with the handshake.
+    let upstream = Upstream::start(move |exchange| {
+        let case = exchange.header("x-case");
+        let is_handshake = exchange.seen.head.start.starts_with("GET ");
+        exchange.body()?;
+        match (case.as_str(), is_handshake) {
+            ("closes before", false) => {
+                exchange.answer("200 OK", "", b"{}")?;
+                let end = exchange.close();
+                tell.send(()).unwrap();
+                end
+            }
+            ("sends a 101 before", false) => {
+                let response = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
+                exchange.send(format!("{response}HTTP/1.1 {SWITCHING}poison"))
+            }
+            ("closes after", true) => exchange.close(),
+            (_, true) => exchange.switch("", b"tunnel"),
+            (_, false) => ok(exchange),
+        }
+    });
+    let mut proxy = start_with_websocket(&upstream);
+    for (case, status) in [
+        ("closes before", 101),
+        ("sends a 101 before", 101),
+        ("closes after", 502),
+    ] {
+        let header = format!("X-Case: {case}\r\n");
+        let mut client = proxy.client();
+        let response = client.ask_with(&header, "{}");
+        assert_eq!(response.unwrap().status(), 200, "{case}");
+        proxy.wait_for_request("request ", &[" status=200 "]);
+        if case == "closes before" {
+            told.wait().unwrap();
+        }
+        client.send(handshake(&header)).unwrap();
+        assert_eq!(client.head().unwrap().status(), status, "{case}");
+        if status == 101 {
+            assert_eq!(client.receive(6).unwrap(), b"tunnel", "{case}");
+        }
+        drop(client);
+        proxy.wait_for_request("request ", &[&format!(" status={status} ")]);
+    }
+    let connections: Vec<_> = upstream.seen().iter().map(|seen| seen.connection).collect();
+    assert_eq!(connections, [0, 1, 2, 3, 4, 4], "each was sent once");
+}
+
+#[test]
+fn handshake_without_the_flag_is_refused_and_names_it() {
+    let (upstream, mut proxy) = serve(ok);
+    for request in [
+        handshake(""),
+        "GET /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n".to_owned(),
+    ] {
+        let mut client = proxy.client();
+        client.send(request).unwrap();
+        let response = client.response().unwrap();
+        assert_eq!(response.status(), 403);
+        let message = response.error_message();
+        assert!(message.contains("--websocket"), "{message}");
+        let body = String::from_utf8(response.body).unwrap();
+        assert!(body.contains("\"not_allowed\""), "{body}");
+        proxy.wait_for_request("refused ", &[" status=403 "]);
+    }
+    proxy.stop();
+    assert!(upstream.close().is_empty(), "nothing is forwarded");
+}
+
+#[test]
+fn handshake_with_dumps_is_a_426_and_the_post_after_it_is_dumped() {
+    let upstream = Upstream::start(ok);
+    let folder = Folder::new();
+    let launch = Launch::to(&upstream).args(["--websocket", "--dump-dir"]);
+    let mut proxy = launch.arg(folder.join("dumps")).start();
+    let mut client = proxy.client();
+    client.send(handshake("")).unwrap();
+    let response = client.response().unwrap();
+    assert_eq!(response.status(), 426);
+    assert_eq!(response.head.get("upgrade"), Some("HTTP/1.1"));
+    let connection = response.head.get("connection").unwrap_or_default();
+    assert!(
+        connection.to_ascii_lowercase().contains("upgrade"),
+        "{response:?}"
+    );
+    response.error_message();
+    proxy.wait_for_request("refused ", &[" status=426 "]);
+    assert_eq!(client.ask().unwrap().status(), 200);
+    let log = proxy.stop().stderr;
+    let says_so = log[0].contains("WebSocket handshakes get 426");
+    assert!(says_so, "at startup: {log:?}");
+    assert_eq!(upstream.close().len(), 1, "the handshake is not forwarded");
+    assert_eq!(folder.join("dumps").read_dir().unwrap().count(), 2);
+}

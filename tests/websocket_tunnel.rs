@@ -1,0 +1,181 @@
+//! After a WebSocket handshake, bytes are copied both ways, opaquely: all of them, as soon as they arrive, until either
+//! end closes.
+
+mod support;
+
+use std::io::Write;
+use std::thread;
+use support::*;
+
+#[test]
+fn first_bytes_with_either_handshake_arrive() {
+    // The second is more than any buffer on the way holds.
+    for size in [1, 300_000] {
+        let upstreams = both(move |exchange| {
+            if exchange.seen.head.start.starts_with("POST ") {
+                return ok(exchange);
+            }
+            exchange.switch("", &vec![b'u'; size])?;
+            let early = exchange.receive(size)?;
+            exchange.send(early)?;
+            exchange.close()
+        });
+        for (name, upstream) in upstreams {
+            let mut proxy = start_with_websocket(&upstream);
+            for post in [
+                "",
+                "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+            ] {
+                let mut client = proxy.client();
+                let socket = client.socket().try_clone().unwrap();
+                let bytes = [post, &handshake(""), &"c".repeat(size)].concat();
+                // The stand-in reads them only after what it sends has been taken.
+                let sender = thread::spawn(move || (&socket).write_all(bytes.as_bytes()));
+                if !post.is_empty() {
+                    assert_eq!(client.response().unwrap().status(), 200, "{name}");
+                    proxy.wait_for_request("request ", &[" status=200 "]);
+                }
+                assert_eq!(client.head().unwrap().status(), 101, "{name}: {post}");
+                let expected = [vec![b'u'; size], vec![b'c'; size]].concat();
+                let came = client.receive(2 * size).unwrap();
+                assert!(came == expected, "{name}: {size} bytes differ");
+                assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+                sender.join().unwrap().unwrap();
+                drop(client);
+                let counts = format!(" in={size} out={}", 2 * size);
+                proxy.wait_for_request("request ", &[" status=101 ", &counts]);
+            }
+            // The handshake behind a POST uses the pooled connection, and a tunnel's is never pooled.
+            assert_eq!(upstream.connections(), 2, "{name}");
+        }
+    }
+}
+
+#[test]
+fn eight_megabytes_both_ways_at_once_arrive_whole() {
+    const SIZE: usize = 8 << 20;
+    // No block repeats, so that a block lost, repeated or out of order shows.
+    let bytes: Vec<_> = (0..SIZE as u32 / 4).flat_map(u32::to_be_bytes).collect();
+    for (name, upstream) in both(echo_tunnel) {
+        let mut proxy = start_with_websocket(&upstream);
+        let mut client = open_tunnel(&proxy, "");
+        let mut socket = client.socket().try_clone().unwrap();
+        let came = thread::scope(|scope| {
+            let sender = scope.spawn(|| socket.write_all(&bytes));
+            let came = client.receive(SIZE).unwrap();
+            sender.join().unwrap().unwrap();
+            came
+        });
+        assert!(came == bytes, "{name}: the bytes differ");
+        client.finish_sending();
+        assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+        let counts = format!(" in={SIZE} out={SIZE}");
+        let line = proxy.wait_for_request("request ", &[" status=101 ", &counts]);
+        assert!(!line.contains("error="), "{name}: {line}");
+    }
+}
+
+#[test]
+fn each_message_arrives_before_the_next_is_sent() {
+    for (name, upstream) in both(echo_tunnel) {
+        let proxy = start_with_websocket(&upstream);
+        let mut client = open_tunnel(&proxy, "");
+        for number in 0..200 {
+            let message = "m".repeat(1 + number * number);
+            client.send(&message).unwrap();
+            // If either end's bytes were held back, this would wait until the test fails.
+            let echo = client.receive(message.len()).unwrap();
+            assert_eq!(echo, message.as_bytes(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn half_close_in_each_direction_leaves_the_other_open() {
+    let (tell, told) = telling();
+    let upstreams = both(move |exchange| {
+        if exchange.header("x-closes") == "client" {
+            exchange.switch("", b"")?;
+            let came = exchange.until_closed()?;
+            exchange.send(came)?;
+        } else {
+            exchange.switch("", b"hello")?;
+            exchange.finish_sending()?;
+            tell.send(exchange.until_closed()?).unwrap();
+        }
+        exchange.close()
+    });
+    for (name, upstream) in upstreams {
+        let mut proxy = start_with_websocket(&upstream);
+        let mut client = open_tunnel(&proxy, "X-Closes: client\r\n");
+        client.send("question").unwrap();
+        client.finish_sending();
+        assert_eq!(client.until_closed().unwrap(), b"question", "{name}");
+        let line = proxy.wait_for_request("request ", &[" status=101 ", " in=8 out=8"]);
+        assert!(!line.contains("error="), "{name}: {line}");
+
+        let mut client = open_tunnel(&proxy, "X-Closes: upstream\r\n");
+        assert_eq!(client.until_closed().unwrap(), b"hello", "{name}");
+        client.send("still here").unwrap();
+        client.finish_sending();
+        assert_eq!(told.wait().unwrap(), b"still here", "{name}");
+        let line = proxy.wait_for_request("request ", &[" status=101 ", " in=10 out=5"]);
+        assert!(!line.contains("error="), "{name}: {line}");
+    }
+}
+
+/// How an end leaves, and whether that is an error. Codex leaves with a plain FIN, and no close frame.
+const LEAVES: [(&str, bool); 5] = [
+    ("client closes", false),
+    ("client resets", true),
+    ("upstream closes", false),
+    ("upstream closes without close_notify", false),
+    ("upstream resets", true),
+];
+
+#[test]
+fn either_end_that_leaves_closes_the_other_at_once() {
+    let (tell, told) = telling();
+    let upstreams = both(move |exchange| {
+        exchange.switch("", b"")?;
+        exchange.receive(1)?;
+        match exchange.header("x-leaves").as_str() {
+            "upstream closes" => exchange.close(),
+            "upstream resets" => exchange.reset(),
+            "upstream closes without close_notify" => exchange.cut(),
+            _ => {
+                exchange.send("x")?;
+                tell.send(exchange.until_closed().is_ok()).unwrap();
+                exchange.close()
+            }
+        }
+    });
+    for (name, upstream) in upstreams {
+        let mut proxy = start_with_websocket(&upstream);
+        for (leaves, is_error) in LEAVES {
+            let mut client = open_tunnel(&proxy, &format!("X-Leaves: {leaves}\r\n"));
+            client.send("x").unwrap();
+            if leaves.starts_with("client") {
+                client.receive(1).unwrap();
+                match leaves {
+                    "client resets" => client.reset(),
+                    _ => drop(client),
+                }
+                let closed = told.within(AT_ONCE);
+                assert!(closed.is_ok_and(|closed| closed), "{name}: {leaves}");
+            } else {
+                client.socket().set_read_timeout(Some(AT_ONCE)).unwrap();
+                let came = client.until_closed();
+                assert_eq!(came.unwrap(), b"", "{name}: {leaves}");
+                drop(client);
+            }
+            let line = proxy.wait_for_request("request ", &[" status=101 ", " in=1 out="]);
+            assert_eq!(
+                line.contains("error="),
+                is_error,
+                "{name}: {leaves}: {line}"
+            );
+        }
+        assert_eq!(proxy.stop().status.code(), Some(0));
+    }
+}
