@@ -1,7 +1,7 @@
 //! Shows the proxy at work with no account and no internet.
 //!
 //! The tests' stand-in for the Responses API listens on loopback with TLS, the proxy runs in front of it with a made-up
-//! key on its stdin, and a request without any key goes through, as an agent would send it.
+//! key on its stdin, and requests without any key go through, as an agent would send them: by POST and over a WebSocket.
 //!
 //! Run it with `cargo run --example demo`.
 #![allow(clippy::print_stdout)]
@@ -21,10 +21,12 @@ use client::Client;
 use serde_json::{Value, json};
 use std::error::Error;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::net::TcpStream;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
-use upstream::{Exchange, Folder, Upstream, events};
+use tungstenite::Message;
+use upstream::{Exchange, Folder, Upstream, events, next_request};
 
 /// Given as the first argument, the demo is the proxy: so it needs no other program beside it.
 const BE_THE_PROXY: &str = "be-the-proxy";
@@ -65,17 +67,16 @@ fn demo() -> Outcome {
     println!("The proxy listens on http://127.0.0.1:{port}; it has the key from its stdin.");
 
     println!("\n1. A request without a key, as an agent sends it:");
-    let body = json!({ "model": "any", "input": "Say hello", "stream": true }).to_string();
+    let request = json!({ "model": "any", "input": "Say hello", "stream": true });
+    let body = request.to_string();
     let mut client = Client::connect(port);
     client.post("Content-Type: application/json\r\n", body)?;
     print!("   {} ", client.head()?.status());
     while let Some(event) = client.piece()? {
         let event = String::from_utf8(event)?;
         for data in event.lines().filter_map(|l| l.strip_prefix("data: ")) {
-            let data: Value = data.parse()?;
-            print!("{}", data["delta"].as_str().unwrap_or_default());
+            print_words(&data.parse()?)?;
         }
-        io::stdout().flush()?;
     }
 
     println!("\n\n2. Anything else is refused:");
@@ -85,8 +86,22 @@ fn demo() -> Outcome {
     let body = String::from_utf8(answer.body)?;
     println!("   {} {body}", answer.head.status());
 
+    println!("\n3. A WebSocket, over which Codex sends one turn after the other:");
+    let url = format!("ws://127.0.0.1:{port}/v1/responses");
+    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    let (mut socket, answer) = tungstenite::client(url, stream)?;
+    print!("   {} ", answer.status().as_u16());
+    socket.send(Message::text(request.to_string()))?;
+    loop {
+        let event: Value = socket.read()?.to_text()?.parse()?;
+        print_words(&event)?;
+        if event["type"] == "response.completed" {
+            break;
+        }
+    }
+
     println!(
-        "\n3. To see Codex itself use it, run this in another terminal:\n\n{}\n",
+        "\n\n4. To see Codex itself use it, run this in another terminal:\n\n{}\n",
         codex_command(port)
     );
     if io::stdin().is_terminal() {
@@ -99,9 +114,14 @@ fn demo() -> Outcome {
 fn codex_command(port: u16) -> String {
     format!(
         "   CODEX_HOME=$(mktemp -d) codex exec --skip-git-repo-check \\\n     \
-           -c 'model_providers.proxy={{ name = \"Proxy\", base_url = \"http://127.0.0.1:{port}/v1\", wire_api = \"responses\" }}' \\\n     \
+           -c 'model_providers.proxy={{ name = \"Proxy\", base_url = \"http://127.0.0.1:{port}/v1\", wire_api = \"responses\", supports_websockets = true }}' \\\n     \
            -c model_provider=proxy 'Say hello'"
     )
+}
+
+fn print_words(event: &Value) -> io::Result<()> {
+    print!("{}", event["delta"].as_str().unwrap_or_default());
+    io::stdout().flush()
 }
 
 /// Answers a request that has the key, a word at a time.
@@ -110,13 +130,28 @@ fn speak(exchange: &mut Exchange<'_>) -> io::Result<()> {
     if exchange.header("authorization") != format!("Bearer {KEY}") {
         return exchange.answer("401 Unauthorized", "", b"");
     }
-    exchange.begin_events()?;
     let words: Vec<_> = WORDS.split_inclusive(' ').collect();
+    if exchange.header("upgrade") == "websocket" {
+        return speak_over_websocket(exchange, &words);
+    }
+    exchange.begin_events()?;
     for event in events(&words) {
         thread::sleep(PAUSE);
         exchange.chunk(event)?;
     }
     exchange.chunk("")
+}
+
+/// The same for each request that comes over a WebSocket, until its client leaves.
+fn speak_over_websocket(exchange: &mut Exchange<'_>, words: &[&str]) -> io::Result<()> {
+    let mut socket = exchange.websocket()?;
+    while let Some((_, events)) = next_request(&mut socket, words) {
+        for event in events {
+            thread::sleep(PAUSE);
+            socket.send(event).map_err(io::Error::other)?;
+        }
+    }
+    Ok(())
 }
 
 /// The proxy as a process of its own, ended on drop.
@@ -130,7 +165,8 @@ impl Proxy {
         let folder = Folder::new();
         let info = folder.join("server-info.json");
         let mut process = Command::new(std::env::current_exe()?)
-            .args([BE_THE_PROXY, "--upstream-url", &upstream.url()])
+            .args([BE_THE_PROXY, "--websocket"])
+            .args(["--upstream-url", &upstream.url()])
             .arg("--upstream-ca")
             .arg(upstream.authority().ok_or("no certificate")?)
             .arg("--server-info")
