@@ -13,7 +13,7 @@ use hyper::header::HeaderValue;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Barrier, Semaphore};
 use tokio::task::JoinSet;
@@ -51,6 +51,23 @@ const HEADERS: [(&str, &str); 8] = [
     ("conversation_id", "01890a5d-ac96-774b-bcce-b302099a8057"),
 ];
 
+/// What makes a request a WebSocket handshake (the key is that of RFC 6455, section 1.3).
+const HANDSHAKE: [(&str, &str); 4] = [
+    ("connection", "Upgrade"),
+    ("upgrade", "websocket"),
+    ("sec-websocket-version", "13"),
+    ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+];
+
+/// A text frame as a client sends it, masked with zeros, as large as an event (RFC 6455, section 5.2).
+static FRAME: [u8; EVENT_BYTES] = {
+    let mut frame = [0; EVENT_BYTES];
+    let payload = (EVENT_BYTES - 8) as u16;
+    (frame[0], frame[1]) = (0x81, 0xfe);
+    [frame[2], frame[3]] = payload.to_be_bytes();
+    frame
+};
+
 /// Where requests go: a port, and for the upstream itself what makes a TLS connection; it wants the key, too.
 #[derive(Clone)]
 pub(crate) struct Target(pub(crate) u16, pub(crate) Option<TlsConnector>);
@@ -64,17 +81,22 @@ pub(crate) struct Client {
     is_direct: bool,
 }
 
+/// Connects to this.
+async fn connect(Target(port, direct): &Target) -> Outcome<Box<dyn Stream>> {
+    let tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).await?;
+    tcp.set_nodelay(true)?;
+    Ok(match direct {
+        None => Box::new(tcp),
+        Some(tls) => Box::new(tls.connect(ServerName::try_from(HOST)?, tcp).await?),
+    })
+}
+
 impl Client {
-    async fn connect(Target(port, direct): &Target) -> Outcome<Self> {
-        let tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).await?;
-        tcp.set_nodelay(true)?;
-        let stream: Box<dyn Stream> = match direct {
-            None => Box::new(tcp),
-            Some(tls) => Box::new(tls.connect(ServerName::try_from(HOST)?, tcp).await?),
-        };
+    async fn connect(target: &Target) -> Outcome<Self> {
+        let stream = connect(target).await?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
-        let is_direct = direct.is_some();
+        let is_direct = target.1.is_some();
         Ok(Self { sender, is_direct })
     }
 
@@ -149,6 +171,58 @@ impl Client {
         });
         Ok(self.exchange(body).await?.0)
     }
+}
+
+/// A WebSocket, over which frames are echoed.
+pub(crate) struct WebSocket(Box<dyn Stream>);
+
+impl WebSocket {
+    /// Connects and makes the handshake.
+    pub(crate) async fn open(target: &Target) -> Outcome<Self> {
+        let mut stream = connect(target).await?;
+        let mut request = "GET /v1/responses HTTP/1.1\r\n".to_owned();
+        let key = target.1.is_some().then(|| format!("Bearer {KEY}"));
+        let key = key.as_deref().map(|key| ("authorization", key));
+        for (name, value) in HEADERS.into_iter().chain(HANDSHAKE).chain(key) {
+            request += &format!("{name}: {value}\r\n");
+        }
+        stream.write_all((request + "\r\n").as_bytes()).await?;
+        stream.flush().await?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await?);
+        }
+        match head.starts_with(b"HTTP/1.1 101 ") {
+            true => Ok(Self(stream)),
+            false => Err(format!("a handshake got {}", head.escape_ascii()).into()),
+        }
+    }
+
+    /// Sends a frame and waits for its echo, again and again for `length`; gives how long each took.
+    pub(crate) async fn round_trips(&mut self, length: Duration) -> Outcome<Vec<f64>> {
+        let end = Instant::now() + length;
+        let mut times = Vec::new();
+        let mut echo = [0; EVENT_BYTES];
+        while Instant::now() < end {
+            let sent = now();
+            self.0.write_all(&FRAME).await?;
+            self.0.flush().await?;
+            self.0.read_exact(&mut echo).await?;
+            times.push(now() - sent);
+        }
+        Ok(times)
+    }
+}
+
+/// Opens `count` WebSockets that fall silent, each once a frame has come back.
+pub(crate) async fn open_websockets(target: &Target, count: usize) -> Outcome<Vec<WebSocket>> {
+    let mut open = Vec::new();
+    while open.len() < count {
+        let mut websocket = WebSocket::open(target).await?;
+        websocket.round_trips(Duration::from_nanos(1)).await?;
+        open.push(websocket);
+    }
+    Ok(open)
 }
 
 /// Requests one after the other over each of `clients` for `length`; gives how long each took.

@@ -107,7 +107,7 @@ fn measure(flags: &Flags, folder: &Path, upstream: &Upstream) -> Outcome<String>
     let running: Vec<_> = peers.iter().map(start).collect();
     for round in 0..flags.rounds {
         let steps = Step::value_variants().iter().filter(|step| is_wanted(step));
-        for &step in steps.filter(|&&step| step != Step::Alone) {
+        for &step in steps.filter(|step| !step.is_alone()) {
             progress(round, step);
             for index in 0..peers.len() {
                 // Nobody is always first or always behind the same one.
@@ -118,10 +118,11 @@ fn measure(flags: &Flags, folder: &Path, upstream: &Upstream) -> Outcome<String>
     }
     drop(running);
     for round in 0..flags.rounds.min(ALONE_ROUNDS) {
-        if is_wanted(&Step::Alone) {
-            progress(round, Step::Alone);
+        let steps = Step::value_variants().iter().filter(|step| is_wanted(step));
+        for &step in steps.filter(|step| step.is_alone()) {
+            progress(round, step);
             for peer in &peers {
-                report.take(peer, Step::Alone, &start(peer))?;
+                report.take(peer, step, &start(peer))?;
             }
         }
     }

@@ -92,7 +92,10 @@ impl Peer {
             write(folder.join(file), text)
         };
         match self.kind {
-            Kind::Ours => command.args(flags).arg("--upstream-ca").arg(&upstream.ca),
+            Kind::Ours => {
+                command.args(flags).arg("--websocket");
+                command.arg("--upstream-ca").arg(&upstream.ca)
+            }
             Kind::Nginx => {
                 fill("nginx.conf", include_str!("../nginx.conf"))?;
                 command.args(["-e", "error.log", "-c", "nginx.conf"]);

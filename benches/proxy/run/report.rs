@@ -103,6 +103,7 @@ impl Report {
         match kind {
             _ if self.failures.contains_key(&kind) => "failed".to_owned(),
             Kind::Direct if median == "NaN" => "no proxy".to_owned(),
+            _ if figures.is_empty() => "not supported".to_owned(),
             // Of a process that is not dumpable.
             _ if median == "NaN" => "PSS is for root to read".to_owned(),
             _ if kind == Kind::Ours || ratio == "NaN" => format!("{median} ({least}–{most})"),

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use tokio::time::sleep;
 
 use super::Outcome;
-use super::load::{Client, follow, hold, requests, take_delays};
+use super::load::{Client, WebSocket, follow, hold, open_websockets, requests, take_delays};
 use super::peers::{Kind, Peer, Running};
 use super::report::quantile;
 
@@ -28,8 +28,9 @@ const UPLOAD_BYTES: u64 = 64 << 20;
 /// Between the first byte of a slow body and the second.
 const SLOW_PAUSE: Duration = Duration::from_millis(300);
 
-/// Streams that are held open for their memory.
+/// Streams and WebSockets that are held open for their memory.
 const HELD_STREAMS: usize = 1_000;
+const HELD_WEBSOCKETS: usize = 1_000;
 
 /// Until memory is read, for what was just done to be done with.
 const SETTLING: Duration = Duration::from_millis(100);
@@ -47,11 +48,20 @@ pub(crate) enum Step {
     Upload,
     /// A body whose first byte comes 300 ms before the rest
     SlowBody,
+    /// Frames of a WebSocket, each echoed before the next
+    Frames,
     /// Start and memory, with no other proxy running
     Alone,
+    /// Memory of open WebSockets, with no other proxy running
+    Websockets,
 }
 
 impl Step {
+    /// Whether a peer is started for it while no other runs.
+    pub(crate) fn is_alone(self) -> bool {
+        matches!(self, Self::Alone | Self::Websockets)
+    }
+
     /// Does it with one peer; gives what stands in the table, NaN where it can't be told.
     pub(crate) async fn measure(self, peer: &Peer, to: &Running) -> Outcome<Figures> {
         let mut client = Client::warm(&to.target).await?;
@@ -108,7 +118,26 @@ impl Step {
                 let time = client.slow_body(SLOW_PAUSE).await? / 1e3;
                 vec![("upstream sees a slow body's first byte, ms", time)]
             }
-            Self::Alone if peer.kind == Kind::Direct => Vec::new(),
+            Self::Frames | Self::Websockets if peer.kind == Kind::Codex => Vec::new(),
+            Self::Frames => {
+                let mut websocket = WebSocket::open(&to.target).await?;
+                let (cpu, times) = cpu_of(to, websocket.round_trips(REQUESTS)).await?;
+                // There and back.
+                let frames = 2.0 * times.len() as f64;
+                vec![
+                    (
+                        "round trip of a WebSocket frame, p50, µs",
+                        quantile(&times, 0.5),
+                    ),
+                    ("CPU per WebSocket frame, µs", cpu / frames),
+                ]
+            }
+            Self::Alone | Self::Websockets if peer.kind == Kind::Direct => Vec::new(),
+            Self::Websockets => {
+                drop(client);
+                let _open = open_websockets(&to.target, HELD_WEBSOCKETS).await?;
+                vec![("memory, 1,000 WebSockets open, MB", memory(to).await)]
+            }
             Self::Alone => {
                 drop(client);
                 let idle = memory(to).await;

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
-use hyper::header::HeaderValue;
+use hyper::header::{AUTHORIZATION, CONNECTION, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio::io::BufReader;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -189,13 +189,44 @@ async fn serve(listener: TcpListener, acceptor: TlsAcceptor) -> std::io::Result<
             // A client that leaves its stream is an error here, and what is expected.
             let _ = server
                 .serve_connection(TokioIo::new(tls.await?), service)
+                .with_upgrades()
                 .await;
             std::io::Result::Ok(())
         });
     }
 }
 
+/// Accepts a WebSocket handshake and echoes what comes.
+fn websocket(mut request: Request<Incoming>) -> Response<Parts> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let mut stream = TokioIo::new(upgrade.await?);
+        let mut buffer = [0; EVENT_BYTES];
+        while let count @ 1.. = stream.read(&mut buffer).await? {
+            stream.write_all(&buffer[..count]).await?;
+            stream.flush().await?;
+        }
+        Outcome::Ok(())
+    });
+    let mut response = Response::new(Parts::new(Some(0)).1);
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    // That of the load's key.
+    let accept = HeaderValue::from_static("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    headers.insert("sec-websocket-accept", accept);
+    response
+}
+
 async fn answer(request: Request<Incoming>) -> Outcome<Response<Parts>> {
+    let has_key = request
+        .headers()
+        .get(AUTHORIZATION)
+        .is_some_and(|key| key.as_bytes() == format!("Bearer {KEY}").as_bytes());
+    if has_key && request.headers().contains_key(UPGRADE) {
+        return Ok(websocket(request));
+    }
     let (head, mut body) = request.into_parts();
     let mut first = 0.0;
     while let Some(frame) = body.frame().await {
@@ -212,7 +243,7 @@ async fn answer(request: Request<Incoming>) -> Outcome<Response<Parts>> {
         headers.insert(name, HeaderValue::from_static(value));
     }
     headers.insert(TASK, first.to_string().try_into()?);
-    if header("authorization") != Some(format!("Bearer {KEY}").as_bytes()) {
+    if !has_key {
         *response.status_mut() = StatusCode::UNAUTHORIZED;
     } else if is_task(STREAM) {
         PACED.lock().unwrap().push(sender);
