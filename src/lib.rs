@@ -10,8 +10,8 @@
 //! | [`upstream`] | what goes out: the target, connecting, adding the credential, links that are kept |
 //! | [`key`] | the credential: read once, in a page of its own |
 //!
-//! Beside them is what every program needs: [`cli`], [`failure`], [`hardening`], [`limits`], [`log`], [`server_info`],
-//! [`stop`].
+//! Beside them is what every program needs: [`cli`], [`failure`], [`hardening`], [`limits`], [`log`], `privileges`,
+//! [`server_info`], [`stop`].
 
 pub mod cli;
 pub mod client;
@@ -22,6 +22,8 @@ pub mod hardening;
 pub mod key;
 pub mod limits;
 pub mod log;
+#[cfg(target_os = "linux")]
+pub mod privileges;
 pub mod server_info;
 pub mod stop;
 pub mod upstream;
@@ -137,6 +139,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         if let Some(info) = &mut server_info {
             info.publish(address.port())?;
         }
+        #[cfg(target_os = "linux")]
+        privileges::drop_root(arguments.dump_dir.is_some())?;
         log::line(format_args!("listening on http://{address}"));
         log::tell_systemd(&NotifyState::Ready);
         listener::run(listener, check, limit, Rc::clone(&proxy)).await;

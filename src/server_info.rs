@@ -56,8 +56,10 @@ impl Drop for ServerInfo {
         let _ = fs::remove_file(&self.beside);
         let is_file = fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
         let is_ours = |content| !self.content.is_empty() && content == self.content.as_bytes();
-        if is_file && fs::read(&self.path).is_ok_and(is_ours) {
-            let _ = fs::remove_file(&self.path);
+        let is_there = is_file && fs::read(&self.path).is_ok_and(is_ours);
+        if !(is_there && fs::remove_file(&self.path).is_ok()) {
+            // Without root, its directory may be closed to us by now. A file that replaced it is not this one.
+            let _ = self.file.set_len(0);
         }
     }
 }
