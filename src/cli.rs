@@ -40,6 +40,10 @@ pub struct Arguments {
     #[arg(long)]
     pub websocket: bool,
 
+    /// Owner of a plain http:// upstream, besides root and the user who starts this (Linux)
+    #[arg(long, value_name = "NAME|UID|@GROUP")]
+    pub upstream_user: Option<String>,
+
     /// Local user to serve, nobody else then: a name, a uid or @ and a group (Linux; repeatable)
     #[arg(long, value_name = "NAME|UID|@GROUP")]
     pub allow_user: Vec<String>,

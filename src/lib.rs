@@ -10,8 +10,8 @@
 //! | [`upstream`] | what goes out: the target, connecting, adding the credential, links that are kept |
 //! | [`key`] | the credential: read once, in a page of its own |
 //!
-//! Beside them is what every program needs: [`cli`], [`failure`], [`hardening`], [`limits`], [`log`], `privileges`,
-//! [`server_info`], [`stop`].
+//! Beside them is what every program needs: [`cli`], [`failure`], [`hardening`], [`limits`], [`log`], [`peer`], `privileges`,
+//! [`server_info`], [`sock_diag`], [`stop`].
 
 pub mod cli;
 pub mod client;
@@ -22,27 +22,32 @@ pub mod hardening;
 pub mod key;
 pub mod limits;
 pub mod log;
+pub mod peer;
 #[cfg(target_os = "linux")]
 pub mod privileges;
 pub mod server_info;
+#[cfg_attr(not(target_os = "linux"), path = "sock_diag_unsupported.rs")]
+pub mod sock_diag;
 pub mod stop;
 pub mod upstream;
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::rc::Rc;
 
 use clap::Parser;
+use nix::unistd::geteuid;
 use sd_notify::NotifyState;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Arguments;
 use crate::client::listener;
-use crate::client::peer::PeerCheck;
 use crate::exchange::dump::Dumper;
 use crate::exchange::{Allowed, Proxy};
 use crate::key::Credential;
+use crate::peer::PeerCheck;
 use crate::server_info::ServerInfo;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
@@ -90,13 +95,14 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
     let way = outbound_proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
-    let connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
+    let mut connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
     let limit = listener::connection_limit();
     let listener = listener::open(arguments.port)?;
     let unusable = |error| format!("cannot use the listening socket: {error}");
     let address = listener.local_addr().map_err(unusable)?;
     listener.set_nonblocking(true).map_err(unusable)?;
-    let check = PeerCheck::new(&arguments.allow_user, address)?;
+    let check = PeerCheck::new("--allow-user", &arguments.allow_user, address)?;
+    connector.owner = owner_check(&target, arguments.upstream_user.as_ref(), address)?;
     let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
     let allowed = Allowed {
         http_shutdown: arguments.http_shutdown,
@@ -153,6 +159,28 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     // A name that is still being looked up is of no use to anybody any more.
     runtime.shutdown_background();
     outcome
+}
+
+/// The check of a plain upstream's owner: root, the user who started the program, or `user`. Where the
+/// kernel can't tell, there is none, and one line in the log says so.
+fn owner_check(
+    target: &Target,
+    user: Option<&String>,
+    address: SocketAddr,
+) -> Result<Option<PeerCheck>, String> {
+    if target.tls_name.is_some() {
+        let unused = "--upstream-user is for plain http:// upstreams only: leave it out";
+        return user.map_or(Ok(None), |_| Err(unused.into()));
+    }
+    let mut trusted = vec!["0".into(), geteuid().to_string()];
+    trusted.extend(user.cloned());
+    match PeerCheck::new("--upstream-user", &trusted, address) {
+        Err(error) if user.is_none() => {
+            log::line(format_args!("the upstream's owner is not checked: {error}"));
+            Ok(None)
+        }
+        check => check,
+    }
 }
 
 /// The first SIGTERM or SIGINT begins the end; the second is the end.

@@ -263,6 +263,15 @@ dave:x:3900104:3900104::/:/bin/sh
         // Who doesn't ask for it doesn't need it.
         let proxy = without_netlink(Launch::to(&upstream)).start();
         assert_eq!(proxy.ask().status(), 200);
+        // The owner of a plain upstream is checked where that is possible, and where it was asked for.
+        let plain = Upstream::plain(ok);
+        let proxy = without_netlink(Launch::to(&plain)).start();
+        let is_said = |line: &&String| line.contains("owner is not checked");
+        assert_eq!(proxy.log.iter().filter(is_said).count(), 1);
+        assert_eq!(proxy.ask().status(), 200);
+        let launch = Launch::to(&plain).args(["--upstream-user", "0"]);
+        let words = ["--upstream-user", "AF_NETLINK"];
+        without_netlink(launch).assert_one_sentence("denied", 1, &words);
     }
 
     #[test]

@@ -142,3 +142,15 @@ fn no_proxy_is_read_only_with_a_proxy_and_what_it_cannot_say_is_one_line() {
         assert!(named.iter().all(|line| line.contains(unusable)));
     }
 }
+
+#[test]
+fn upstream_user_that_cannot_apply_is_one_sentence() {
+    for (url, user) in [
+        ("https://localhost/", "0"),
+        ("http://localhost/", "no-such-user-here"),
+    ] {
+        let launch = Launch::before_the_key().url(url);
+        let launch = launch.args(["--upstream-user", user]);
+        launch.assert_one_sentence(url, 1, &["--upstream-user"]);
+    }
+}

@@ -16,9 +16,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::connection;
-use super::peer::PeerCheck;
 use crate::exchange::{Peer, Proxy};
 use crate::log;
+use crate::peer::PeerCheck;
 
 /// The most connections at once, if there are descriptors for that many.
 const MAX_CONNECTIONS: usize = 4096;
@@ -149,9 +149,13 @@ async fn accept(
                 let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
                 let proxy = Rc::clone(proxy);
                 connections.spawn_local(async move {
-                    let peer = match &*check {
+                    let (uid, is_allowed) = match &*check {
                         Some(check) => check.identify(&stream).await,
-                        None => Peer::default(),
+                        None => (None, true),
+                    };
+                    let peer = Peer {
+                        uid,
+                        is_denied: !is_allowed,
                     };
                     if !peer.is_denied {
                         return connection::serve(stream, peer, proxy).await;

@@ -3,7 +3,3 @@
 
 mod connection;
 pub mod listener;
-#[cfg_attr(not(target_os = "linux"), path = "unknown_peer.rs")]
-pub mod peer;
-#[cfg(target_os = "linux")]
-mod sock_diag;

@@ -20,6 +20,8 @@ use tower_service::Service;
 
 use super::target::Target;
 use crate::failure::Failure;
+use crate::log;
+use crate::peer::PeerCheck;
 
 /// How long connecting may take: looking the name up, TCP, the proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,6 +48,8 @@ pub struct Connector {
     /// The way through a proxy, if there is one.
     tunnel: Option<Tunnel<HttpConnector>>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
+    /// Who may own a plain upstream's end of a connection: any local user can listen on a loopback port.
+    pub owner: Option<PeerCheck>,
 }
 
 impl Connector {
@@ -81,6 +85,7 @@ impl Connector {
             http,
             tunnel,
             tls: name.map(|name| (tls, name)),
+            owner: None,
         })
     }
 
@@ -132,6 +137,14 @@ impl Connector {
         if !address.ip().to_canonical().is_loopback() {
             let error = io::Error::other(format!("{address} is not this machine's loopback"));
             return Err(Failure::unreachable(NO_SOCKET)(error));
+        }
+        if let Some(owner) = &self.owner
+            && let (uid, false) = owner.identify(&tcp).await
+        {
+            let uid = log::uid(uid);
+            let detail = format!("uid={uid}; if that is the upstream, use --upstream-user");
+            let message = "the upstream belongs to a user who is not trusted (owner)";
+            return Err(Failure::unreachable(message)(io::Error::other(detail)));
         }
         Ok(Box::new(tcp))
     }

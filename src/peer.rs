@@ -1,25 +1,23 @@
-//! Which users are served: `--allow-user`, and the kernel's word on who is at the other end.
+//! Which users may be at the other end of a connection: `--allow-user` of a client's, `--upstream-user` of
+//! one to a plain upstream.
 
 use std::collections::HashMap;
-use std::ffi::CString;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::unistd::{Group, Uid, User, getgrouplist};
+use nix::unistd::{Group, Uid, User};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::sock_diag::SockDiag;
-use crate::exchange::Peer;
 use crate::log;
+use crate::sock_diag::SockDiag;
 
 /// How long what the group database says of a user is relied on. It may be somewhere on the network, so
 /// it isn't asked for each connection.
 const MEMBERSHIP_VALID: Duration = Duration::from_secs(1);
 
-/// The check that `--allow-user` asks for. It is made once for a connection, before anything is read.
+/// The check of a connection's other end, made once, before anything is read or sent.
 pub struct PeerCheck {
     uids: Vec<u32>,
     groups: Vec<String>,
@@ -30,28 +28,33 @@ pub struct PeerCheck {
 }
 
 impl PeerCheck {
-    /// The check for a listening socket, with the values of `--allow-user`: a name, a uid or `@` and a
-    /// group's name. There is none if there is no value, so that everybody may come.
+    /// The check for the values of `flag`: a name, a uid or `@` and a group's name. `None` without a
+    /// value: everyone is allowed. `listener` is a listening socket of ours to try the kernel with.
     ///
     /// # Errors
     ///
     /// A sentence naming what this system doesn't know, or why it can't tell users apart.
-    pub fn new(values: &[String], listener: SocketAddr) -> Result<Option<Self>, String> {
-        let (uids, groups) = named(values)?;
+    pub fn new(
+        flag: &str,
+        values: &[String],
+        listener: SocketAddr,
+    ) -> Result<Option<Self>, String> {
+        let (uids, groups) = named(flag, values)?;
         if values.is_empty() {
             return Ok(None);
         }
         Ok(Some(Self {
             uids,
             groups,
-            kernel: SockDiag::new(listener)?,
+            kernel: SockDiag::new(listener)
+                .map_err(|error| format!("{flag} needs the kernel to identify users: {error}"))?,
             members: Mutex::default(),
         }))
     }
 
-    /// The client's uid, where the kernel knows it for certain, and whether that user may come in.
-    pub(super) async fn identify(&self, stream: &TcpStream) -> Peer {
-        let uid = self.kernel.uid(stream).unwrap_or_else(|error| {
+    /// The peer's uid, where the kernel knows it for certain, and whether that user is allowed.
+    pub async fn identify(&self, stream: &TcpStream) -> (Option<u32>, bool) {
+        let uid = self.kernel.peer_uid(stream).unwrap_or_else(|error| {
             log::line(format_args!("cannot tell whose a connection is: {error}"));
             None
         });
@@ -59,10 +62,7 @@ impl PeerCheck {
             Some(uid) => self.uids.contains(&uid) || self.is_member(uid).await,
             None => false,
         };
-        Peer {
-            uid,
-            is_denied: !is_allowed,
-        }
+        (uid, is_allowed)
     }
 
     async fn is_member(&self, uid: u32) -> bool {
@@ -88,12 +88,11 @@ impl PeerCheck {
 }
 
 /// The uids and groups that these values name.
-fn named(values: &[String]) -> Result<(Vec<u32>, Vec<String>), String> {
+fn named(flag: &str, values: &[String]) -> Result<(Vec<u32>, Vec<String>), String> {
     let (mut uids, mut groups) = (Vec::new(), Vec::new());
     for value in values {
-        let unknown =
-            |what| format!("--allow-user {value:?}: there is no such {what} on this system");
-        let failed = |error| format!("--allow-user {value:?} can't be looked up: {error}");
+        let unknown = |what| format!("{flag} {value:?}: there is no such {what} on this system");
+        let failed = |error| format!("{flag} {value:?} can't be looked up: {error}");
         if let Some(group) = value.strip_prefix('@') {
             let group = Group::from_name(group).map_err(failed)?;
             groups.push(group.ok_or_else(|| unknown("group"))?.name);
@@ -113,8 +112,11 @@ fn is_in(uid: u32, group: &str) -> nix::Result<bool> {
     let (Some(user), Some(group)) = (user, Group::from_name(group)?) else {
         return Ok(false);
     };
-    let name = CString::new(user.name).map_err(|_| Errno::EINVAL)?;
-    Ok(getgrouplist(&name, user.gid)?.contains(&group.gid))
+    #[cfg(target_os = "linux")]
+    if let Ok(name) = std::ffi::CString::new(user.name) {
+        return Ok(nix::unistd::getgrouplist(&name, user.gid)?.contains(&group.gid));
+    }
+    Ok(user.gid == group.gid)
 }
 
 #[cfg(test)]
@@ -124,7 +126,10 @@ mod tests {
     #[test]
     fn names_uids_and_groups() {
         let values = ["root", "12345", "@root"].map(String::from);
-        assert_eq!(named(&values), Ok((vec![0, 12345], vec!["root".into()])));
+        assert_eq!(
+            named("--allow-user", &values),
+            Ok((vec![0, 12345], vec!["root".into()]))
+        );
         assert_eq!(is_in(0, "root"), Ok(true));
         assert_eq!(is_in(12345, "root"), Ok(false));
     }
@@ -141,7 +146,7 @@ mod tests {
             "-1",
             "a\0b",
         ] {
-            let error = named(&[value.to_owned()]).expect_err(value);
+            let error = named("--allow-user", &[value.to_owned()]).expect_err(value);
             assert!(error.starts_with("--allow-user"), "{value}: {error}");
         }
     }

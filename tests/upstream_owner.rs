@@ -1,0 +1,103 @@
+//! A plain upstream gets the key only if its end of the connection is root's, the starting user's or that of
+//! `--upstream-user`: any local user can listen on a loopback port.
+
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use support::*;
+
+/// A user that no system gives a name to.
+const STRANGER: u32 = 3_900_301;
+
+/// A request through a proxy with these arguments to what listens on `listener`: its status, what came, and
+/// the last line of the log.
+///
+/// The listener's owner either accepts as soon as it can, or only once the response is there.
+fn ask(listener: &TcpListener, host: &str, args: &[&str], accepts_early: bool) -> (u16, String) {
+    let port = listener.local_addr().unwrap().port();
+    let launch = Launch::new().url(&format!("http://{host}:{port}/"));
+    let mut proxy = launch.args(args).start();
+    let accept = || {
+        as_user(STRANGER, || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut came = vec![0; 4096];
+            let count = stream.read(&mut came).unwrap_or(0);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}");
+            String::from_utf8_lossy(&came[..count]).into_owned()
+        })
+    };
+    std::thread::scope(|scope| {
+        let early = accepts_early.then(|| scope.spawn(accept));
+        let response = proxy.ask();
+        if response.status() == 502 {
+            let message = response.error_message();
+            assert!(message.contains("(owner)"), "{host}: {message}");
+            let uid = format!("uid={STRANGER}; ");
+            proxy.wait_for_request("request ", &["status=502", &uid, "--upstream-user"]);
+        }
+        let came = early.map_or_else(accept, |early| early.join().unwrap());
+        (response.status(), came)
+    })
+}
+
+#[test]
+fn port_of_another_user_gets_no_key() {
+    if !is_root_for("an upstream of another user") {
+        return;
+    }
+    for (address, host) in [
+        ("127.0.0.1:0", "127.0.0.1"),
+        ("127.0.0.1:0", "localhost"),
+        ("0.0.0.0:0", "127.0.0.1"),
+        ("[::]:0", "127.0.0.1"),
+        ("[::1]:0", "[::1]"),
+    ] {
+        let Ok(listener) = as_user(STRANGER, || TcpListener::bind(address)) else {
+            skip(address, "no IPv6 here");
+            continue;
+        };
+        for accepts_early in [false, true] {
+            let outcome = ask(&listener, host, &[], accepts_early);
+            assert_eq!(outcome, (502, String::new()), "{address}, {accepts_early}");
+        }
+    }
+}
+
+#[test]
+fn port_of_the_upstream_user_gets_the_key() {
+    if !is_root_for("an upstream of another user") {
+        return;
+    }
+    let listener = as_user(STRANGER, || TcpListener::bind("127.0.0.1:0")).unwrap();
+    let args = ["--upstream-user", &STRANGER.to_string()];
+    let (status, came) = ask(&listener, "127.0.0.1", &args, true);
+    assert_eq!(status, 200);
+    assert!(came.contains(KEY), "{came}");
+}
+
+#[test]
+fn stranger_on_the_other_loopback_address_gets_no_key() {
+    let what = "an upstream on one of two loopback addresses";
+    let folder = Folder::new();
+    let hosts = folder.join("hosts");
+    fs::write(&hosts, "::1 localhost\n127.0.0.1 localhost\n").unwrap();
+    let mounts = vec![Mount::File(hosts, "/etc/hosts".into())];
+    let upstream = Upstream::plain(ok);
+    let launch = Launch::to(&upstream);
+    let Some(proxy) = start_with_mounts(what, launch, mounts) else {
+        return;
+    };
+    let address = ("::1", upstream.port);
+    let Ok(stranger) = as_user(STRANGER, || TcpListener::bind(address)) else {
+        return skip(what, "no IPv6 here");
+    };
+    assert_eq!(proxy.ask().status(), 502);
+    let mut came = Vec::new();
+    stranger.accept().unwrap().0.read_to_end(&mut came).unwrap();
+    assert_eq!(came, b"");
+}
