@@ -110,6 +110,35 @@ mod linux {
     }
 
     #[test]
+    fn one_user_gets_at_most_half_of_the_slots() {
+        if !is_root_for("clients of several users") {
+            return;
+        }
+        let upstream = Upstream::start(ok);
+        let users = [ALLOWED, NOBODY].map(|uid| uid.to_string());
+        let launch = allowing(&upstream, users.iter().map(String::as_str));
+        // 30 slots.
+        let mut proxy = limit_descriptors(launch, 100, 0..0).start();
+        let mut clients = [(); 15].map(|()| client_of(ALLOWED, &proxy));
+        for client in &mut clients {
+            assert_eq!(client.ask().unwrap().status(), 200);
+        }
+        for _ in 0..20 {
+            let response = client_of(ALLOWED, &proxy).ask().unwrap();
+            assert_eq!(response.status(), 503);
+            assert!(response.error_message().contains("half"));
+        }
+        let uid = format!("uid={ALLOWED} ");
+        let is_logged = |line: &str| line.starts_with("refused ") && line.contains(&uid);
+        let line = proxy.wait_for_line(is_logged);
+        assert!(line.contains(" status=503 "), "{line}");
+        assert_eq!(status_for(&proxy, NOBODY), 200);
+        assert_eq!(clients[0].ask().unwrap().status(), 200);
+        drop(clients);
+        wait_until("its slots are free", || status_for(&proxy, ALLOWED) == 200);
+    }
+
+    #[test]
     fn a_refused_user_passes_for_nobody_else_by_leaving() {
         const EACH: usize = 60;
         if !is_root_for("clients of another user that leave") {

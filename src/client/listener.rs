@@ -1,5 +1,7 @@
 //! The listening socket: where it comes from, and who gets in when.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -136,6 +138,8 @@ async fn accept(
 ) {
     let check = Rc::new(check);
     let [places, refused] = [limit, MAX_REFUSED].map(|places| Arc::new(Semaphore::new(places)));
+    // For each user who is served, something that each of its connections has.
+    let shares: Rc<RefCell<HashMap<_, Rc<()>>>> = Rc::default();
     let mut is_failing = false;
     loop {
         let place = Arc::clone(&places).acquire_owned().await;
@@ -147,20 +151,28 @@ async fn accept(
             Ok((stream, _)) => {
                 is_failing = false;
                 let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
-                let proxy = Rc::clone(proxy);
+                let (proxy, shares) = (Rc::clone(proxy), Rc::clone(&shares));
                 connections.spawn_local(async move {
                     let (uid, is_allowed) = match &*check {
                         Some(check) => check.identify(&stream).await,
                         None => (None, true),
                     };
+                    let share = (check.is_some() && is_allowed)
+                        .then(|| Rc::clone(shares.borrow_mut().entry(uid).or_default()));
+                    // The map has one, too.
+                    let count = share
+                        .as_ref()
+                        .map_or(0, |share| Rc::strong_count(share) - 1);
+                    let exceeds_share = count > limit.div_ceil(2);
                     let peer = Peer {
                         uid,
-                        is_denied: !is_allowed,
+                        is_denied: !is_allowed || exceeds_share,
+                        exceeds_share,
                     };
                     if !peer.is_denied {
                         return connection::serve(stream, peer, proxy).await;
                     }
-                    drop(place);
+                    drop((place, share));
                     if let Ok(_place) = refused.try_acquire() {
                         let serving = connection::serve(stream, peer, proxy);
                         let _ = timeout(REFUSED_TIMEOUT, serving).await;

@@ -15,6 +15,8 @@ pub struct Peer {
     pub uid: Option<u32>,
     /// Whether its user may not be served.
     pub is_denied: bool,
+    /// Whether that is because the user already has its share of the connections.
+    pub exceeds_share: bool,
 }
 
 /// How far the connection's last request has come.

@@ -26,6 +26,11 @@ const USER: Failure = Failure::forbidden(
     "this user may not use this proxy, or its connection was closed too early to tell whose it is",
 );
 const BROWSER: Failure = Failure::forbidden(
+const SHARE: Failure = Failure::new(
+    StatusCode::SERVICE_UNAVAILABLE,
+    "too_many_connections",
+    "this user has half of all connections, and no user may have more: close some",
+);
     "browser_not_allowed",
     "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
 );
@@ -69,7 +74,7 @@ pub(super) enum Wanted {
 pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Wanted, Failure> {
     let headers = &request.headers;
     if peer.is_denied {
-        return Err(USER);
+        return Err(if peer.exceeds_share { SHARE } else { USER });
     }
     let is_there = |name: &&str| headers.contains_key(*name);
     if BROWSER_HEADERS.iter().any(is_there) {
