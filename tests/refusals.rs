@@ -276,7 +276,8 @@ fn requests_whose_length_can_be_read_in_two_ways() {
         true => post(&format!("{headers}\r\n"), &chunks),
         false => post(&format!("{headers}\r\n"), "{}"),
     };
-    let lengths = "2, 3|2, 2||+2|-2|0x2|2.0|2 bytes|2 0|\"2\"|18446744073709551618";
+    let lengths = "2, 3|2, 2||+2|-2|0x2|2.0|2 bytes|2 0|\"2\"|18446744073709551618|\
+        9223372036854775808|18446744073709551613|18446744073709551615";
     let length = |length| of(&format!("Content-Length: {length}"));
     check(Malformed, lengths.split('|').map(length));
     let codings = "gzip||identity|gzip, chunked|chunked, gzip|chunked, chunked|xchunked|chunkedx|\"chunked\"|\

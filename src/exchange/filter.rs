@@ -25,12 +25,12 @@ const USER: Failure = Failure::forbidden(
     "user_not_allowed",
     "this user may not use this proxy, or its connection was closed too early to tell whose it is",
 );
-const BROWSER: Failure = Failure::forbidden(
 const SHARE: Failure = Failure::new(
     StatusCode::SERVICE_UNAVAILABLE,
     "too_many_connections",
     "this user has half of all connections, and no user may have more: close some",
 );
+const BROWSER: Failure = Failure::forbidden(
     "browser_not_allowed",
     "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
 );
@@ -40,6 +40,7 @@ const FOREIGN_HOST: Failure = Failure::forbidden(
 );
 const NO_HOST: Failure = Failure::malformed("an HTTP/1.1 request has exactly one Host header");
 const CODING: Failure = Failure::malformed("the only transfer coding understood here is chunked");
+const LENGTH: Failure = Failure::malformed("the Content-Length is 2^63 or more");
 const OTHER: Failure = Failure::forbidden(
     "not_allowed",
     "this proxy forwards POST /v1/responses, without a query, and WebSocket handshakes there if started with --websocket",
@@ -92,6 +93,12 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Wa
     // Dropping the header of another one would change what the body says.
     if is_chunked(headers).is_none() {
         return Err(CODING);
+    }
+    // Negative for a reader whose lengths are signed.
+    let length = headers.get(header::CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+    if length > Some(i64::MAX as u64) {
+        return Err(LENGTH);
     }
     // `Uri` keeps scheme and authority of an absolute-form target apart, and the path to the letter.
     let uri = &request.uri;
@@ -200,6 +207,20 @@ mod tests {
                 panic!("{host}: not refused")
             };
             assert_eq!(refusal.code, "host_not_allowed", "{host}");
+        }
+    }
+
+    #[test]
+    fn lengths_from_2_to_the_63_are_malformed() {
+        for (length, expected) in [
+            ("0", None),
+            ("9223372036854775807", None),
+            ("9223372036854775808", Some(LENGTH)),
+            ("18446744073709551613", Some(LENGTH)),
+        ] {
+            let headers = [("host", "localhost"), ("content-length", length)];
+            let decision = decide(&head("POST", PATH, &headers), &Client::default(), false);
+            assert_eq!(decision.err(), expected, "{length}");
         }
     }
 
