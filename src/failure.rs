@@ -1,6 +1,7 @@
 //! Why there is an answer of our own in place of the upstream's.
 
 use std::error::Error;
+use std::io;
 
 use hyper::StatusCode;
 
@@ -69,7 +70,11 @@ impl Failure {
 impl From<hyper::Error> for Failure {
     /// An exchange that failed after a part of the request may have been sent.
     fn from(error: hyper::Error) -> Self {
-        let failure = if error.is_user() {
+        let cause = error.source().and_then(<dyn Error>::downcast_ref);
+        let failure = if cause.map(io::Error::kind) == Some(io::ErrorKind::TimedOut) {
+            let message = "the request's body made no progress for 60 s";
+            Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
+        } else if error.is_user() {
             // What hyper was given to send, that is: the client's body.
             Self::malformed("the request's body broke off or is malformed")
         } else if error.is_parse() {

@@ -161,7 +161,7 @@ mod tests {
 
     use tokio::io::{AsyncReadExt, duplex};
     use tokio::net::TcpListener;
-    use tokio::task::yield_now;
+    use tokio::task::{LocalSet, yield_now};
     use tokio::time::Instant;
 
     use super::*;
@@ -283,9 +283,96 @@ mod tests {
         };
         let serving = async { serve_http1(far, Peer::default(), &state, &proxy).await.2 };
         let both = async { tokio::join!(serving, breaking) };
-        let (outcome, come) = tokio::task::LocalSet::new().run_until(both).await;
+        let (outcome, come) = LocalSet::new().run_until(both).await;
         assert!(outcome.is_err_and(|error| error.is_user()));
         assert_eq!(come.iter().filter(|&&byte| byte == b'#').count(), LENGTH);
         assert!(!come.ends_with(b"0\r\n\r\n"));
+    }
+
+    /// What a client gets that sends these pieces 50 s apart and then nothing more, and after how many milliseconds
+    /// its connection ends. The upstream says this at once and reads on.
+    async fn stalls(pieces: &[&str], says: &str) -> (String, u128) {
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::for_tests(&format!("http://{}/", upstream.local_addr().unwrap()));
+        let state = Rc::default();
+        let (mut near, far) = duplex(1 << 16);
+        let begun = Instant::now();
+        let reading = async {
+            let (mut stream, _) = upstream.accept().await.unwrap();
+            stream.write_all(says.as_bytes()).await.unwrap();
+            let _ = copy(&mut stream, &mut sink()).await;
+            pending::<()>().await;
+        };
+        let sending = async {
+            for (number, piece) in pieces.iter().enumerate() {
+                let wait = Duration::from_secs(if number == 0 { 0 } else { 50 });
+                sleep(wait).await;
+                near.write_all(piece.as_bytes()).await.unwrap();
+            }
+            let mut came = Vec::new();
+            near.read_to_end(&mut came).await.unwrap();
+            String::from_utf8(came).unwrap()
+        };
+        let serving = async { drop(serve_http1(far, Peer::default(), &state, &proxy).await) };
+        let tasks = LocalSet::new();
+        let both = tasks.run_until(async { tokio::join!(serving, sending) });
+        let ((), came) = tokio::select! {
+            () = reading => unreachable!(),
+            both = both => both,
+        };
+        (came, begun.elapsed().as_millis())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stalled_request_body_is_a_408_after_60_seconds() {
+        let head = |framing| {
+            format!("POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n")
+        };
+        let (length, chunked) = (
+            head("Content-Length: 9"),
+            head("Transfer-Encoding: chunked"),
+        );
+        for (pieces, expected) in [
+            (vec![&*length], 60_000),
+            (vec![&*chunked, "2\r\nab"], 110_000),
+            (vec![&*length, "a", "b", "c"], 210_000),
+        ] {
+            let (came, lasted) = stalls(&pieces, "").await;
+            assert!(came.starts_with("HTTP/1.1 408 "), "{pieces:?}: {came}");
+            assert!(came.contains("connection: close\r\n"), "{pieces:?}: {came}");
+            assert!(came.contains("request_timeout"), "{pieces:?}: {came}");
+            assert!(
+                (expected..expected + 10).contains(&lasted),
+                "{pieces:?}: {lasted} ms"
+            );
+        }
+        let begins = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n";
+        let (came, lasted) = stalls(&[&length], begins).await;
+        assert!((60_000..60_010).contains(&lasted), "{lasted} ms");
+        assert!(came.starts_with("HTTP/1.1 200 "), "{came}");
+        assert!(came.ends_with("\r\nx\r\n"), "broken off: {came}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn body_that_waits_for_a_stuck_upstream_has_no_time_limit() {
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::for_tests(&format!("http://{}/", upstream.local_addr().unwrap()));
+        let state = Rc::default();
+        let (mut near, far) = duplex(1 << 16);
+        let sending = async {
+            let head = "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n";
+            near.write_all(head.as_bytes()).await.unwrap();
+            let piece = [b'x'; 1 << 16];
+            loop {
+                near.write_all(&piece).await.unwrap();
+            }
+        };
+        let serving = serve_http1(far, Peer::default(), &state, &proxy);
+        let tasks = LocalSet::new();
+        tokio::select! {
+            _ = tasks.run_until(serving) => panic!("it ends"),
+            () = sending => {}
+            () = sleep(Duration::from_secs(600)) => {}
+        }
     }
 }

@@ -1,22 +1,29 @@
 //! Message bodies in transit: counted, copied for dumps, and tied to the connection they come from.
 
 use std::cell::Cell;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use tokio::time::{Sleep, sleep};
 
 use super::access_log::AccessLogEntry;
 use super::connection_state::ConnectionState;
 use super::dump::Tap;
 use crate::flush::FlushState;
 use crate::log::with_sources;
-use crate::upstream::{Upstream, UpstreamConnection};
+use crate::upstream::{BodyError, Upstream, UpstreamConnection};
 
 /// The body of a response to a client: one of our own, or the upstream's.
 pub type ResponseBody = Either<Full<Bytes>, Download>;
+
+/// How long a request's body may make no progress while the upstream accepts more: its connection
+/// holds a slot meanwhile.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request's body on its way to the upstream.
 ///
@@ -28,23 +35,30 @@ pub(super) struct Upload {
     pub(super) entry: Rc<AccessLogEntry>,
     /// Takes a copy.
     pub(super) tap: Option<Tap>,
+    /// Runs while the upstream could accept more than the client has sent: hyper polls a body only then.
+    pub(super) stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl Body for Upload {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+            let new = || Box::pin(sleep(BODY_TIMEOUT));
+            ready!(this.stalled.get_or_insert_with(new).as_mut().poll(cx));
+            return Poll::Ready(Some(Err(io::Error::from(io::ErrorKind::TimedOut).into())));
+        };
+        this.stalled = None;
         let data = match frame {
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             end => {
                 this.state.set_request_complete(end.is_none());
-                return Poll::Ready(end);
+                return Poll::Ready(end.map(|end| end.map_err(Into::into)));
             }
         };
         count(&this.entry.received, &mut this.tap, &data);

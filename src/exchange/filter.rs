@@ -219,7 +219,11 @@ mod tests {
             ("18446744073709551613", Some(LENGTH)),
         ] {
             let headers = [("host", "localhost"), ("content-length", length)];
-            let decision = decide(&head("POST", PATH, &headers), &Client::default(), false);
+            let decision = decide(
+                &head("POST", PATH, &headers),
+                Peer::default(),
+                Allowed::default(),
+            );
             assert_eq!(decision.err(), expected, "{length}");
         }
     }

@@ -114,6 +114,7 @@ impl Proxy {
             state: Rc::clone(state),
             entry: Rc::clone(&entry),
             tap,
+            stalled: None,
         };
         let host = self.upstream.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);

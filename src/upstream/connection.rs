@@ -5,6 +5,7 @@
 //! announced to that connection's stream, and a response could not hold its connection back until it is
 //! complete.
 
+use std::error::Error;
 use std::pin::Pin;
 use std::rc::Rc;
 
@@ -21,8 +22,11 @@ use super::connector::Stream;
 use crate::flush::{FlushNoting, FlushState};
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 
+/// An error of a request's body.
+pub type BodyError = Box<dyn Error + Send + Sync>;
+
 /// A request's body on its way to the upstream.
-pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = hyper::Error>>>;
+pub type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = BodyError>>>;
 
 /// The sending end of a connection. Dropping it closes the connection.
 pub struct UpstreamConnection {

@@ -19,7 +19,7 @@ use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
 use self::authorizing_stream::Opening;
-pub use self::connection::{RequestBody, UpstreamConnection};
+pub use self::connection::{BodyError, RequestBody, UpstreamConnection};
 pub use self::connector::{Connector, Stream};
 use self::pool::Pool;
 use self::target::Target;
