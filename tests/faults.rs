@@ -184,6 +184,47 @@ fn assert_502(name: &str, launch: Launch, step: &str) {
     let mut proxy = launch.start();
     let mut client = proxy.client();
     // The client's connection and the proxy are none the worse for it.
+    #[test]
+    fn response_after_32_interim_responses_is_forwarded() {
+        let (_upstream, proxy) = serve(|exchange| {
+            exchange.body()?;
+            exchange.send(INTERIM.repeat(32))?;
+            exchange.answer("200 OK", "", b"{}")
+        });
+        let mut client = proxy.client();
+        // The count begins anew with each request of a connection.
+        for _ in 0..3 {
+            assert_eq!(client.ask().unwrap().status(), 200);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn http_1_0_client_gets_all_bytes_before_the_reset() {
+        const LENGTH: usize = 300_000;
+        let (_upstream, mut proxy) = serve(|exchange| {
+            exchange.body()?;
+            exchange.send("HTTP/1.1 200 OK\r\n\r\n")?;
+            exchange.send("x".repeat(LENGTH))?;
+            exchange.cut()
+        });
+        let mut client = proxy.client();
+        let head = client.post_head("").replace("1.1\r", "1.0\r");
+        client.send(head).unwrap();
+        // It reads nothing before the upstream has failed.
+        proxy.wait_for_line(|line| line.contains("error=\"answer broken off: "));
+        client.head().unwrap();
+        let mut came = 0;
+        let end = loop {
+            match client.piece() {
+                Ok(Some(piece)) => came += piece.len(),
+                end => break end,
+            }
+        };
+        assert_eq!(came, LENGTH);
+        assert!(end.as_ref().is_err_and(is_closed), "{end:?}");
+    }
+
     for _ in 0..2 {
         let response = client.ask().unwrap();
         assert_eq!(response.status(), 502, "{name}: {response:?}");

@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::Poll;
@@ -20,6 +21,7 @@ use tokio::time::{Sleep, sleep, timeout};
 use crate::exchange::{ConnectionState, Peer, Proxy};
 use crate::flush::FlushNoting;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
+use crate::sock_diag::SockDiag;
 
 /// How long a head may take to come, and how long a connection may be idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -30,6 +32,9 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_millis(500);
 
 /// How long [`Close::Linger`] reads on.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often to look whether the send queue is empty, which the kernel doesn't announce.
+const SEND_QUEUE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How the server closes a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,6 +95,7 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, proxy: Rc<Proxy>) {
     match close_mode(Outcome::of(&outcome), state.version(), is_complete) {
         Close::Immediate => {}
         Close::Reset => {
+            let _ = timeout(LINGER_TIMEOUT, wait_until_acknowledged(&stream)).await;
             let _ = stream.set_zero_linger();
         }
         Close::Linger => {
@@ -103,6 +109,18 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, proxy: Rc<Proxy>) {
             let _ = timeout(limit, Box::pin(copy(&mut stream, &mut sink()))).await;
         }
     }
+}
+
+/// Waits until the peer has acknowledged all that was sent: a reset discards the rest. Gives up where the
+/// kernel doesn't report it.
+async fn wait_until_acknowledged(stream: &TcpStream) -> io::Result<()> {
+    let Ok(kernel) = SockDiag::new(stream.local_addr()?) else {
+        return Ok(());
+    };
+    while kernel.unacknowledged(stream)? > 0 {
+        sleep(SEND_QUEUE_INTERVAL).await;
+    }
+    Ok(())
 }
 
 /// Answers requests until there is none any more. Gives the stream back, and what was read from it behind the
