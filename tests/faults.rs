@@ -55,7 +55,7 @@ const SAYS: [&str; 19] = [
 const INTERIM: &str = "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n";
 
 /// What else it does in place of an answer.
-const DOES: [Fault; 12] = [
+const DOES: [Fault; 14] = [
     |e| e.cut(),
     |e| e.reset(),
     |e| e.send("HTTP/1.1 2").and_then(|()| e.reset()),
@@ -68,6 +68,11 @@ const DOES: [Fault; 12] = [
     |e| without_end(e, "HTTP/1.1 200 OK\r\n", "X: x\r\n"),
     |e| without_end(e, "", "\0"),
     |e| without_end(e, "", "\r\n"),
+    |e| {
+        e.send(INTERIM.repeat(33))
+            .and_then(|()| e.answer("200 OK", "", b"{}"))
+    },
+    |e| without_end(e, "", INTERIM),
 ];
 
 #[test]
@@ -179,52 +184,52 @@ fn an_upstream_that_breaks_off_breaks_the_answer_off() {
     }
 }
 
+#[test]
+fn response_after_32_interim_responses_is_forwarded() {
+    let (_upstream, proxy) = serve(|exchange| {
+        exchange.body()?;
+        exchange.send(INTERIM.repeat(32))?;
+        exchange.answer("200 OK", "", b"{}")
+    });
+    let mut client = proxy.client();
+    // The count begins anew with each request of a connection.
+    for _ in 0..3 {
+        assert_eq!(client.ask().unwrap().status(), 200);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn http_1_0_client_gets_all_bytes_before_the_reset() {
+    const LENGTH: usize = 300_000;
+    let (_upstream, mut proxy) = serve(|exchange| {
+        exchange.body()?;
+        exchange.send("HTTP/1.1 200 OK\r\n\r\n")?;
+        exchange.send("x".repeat(LENGTH))?;
+        exchange.cut()
+    });
+    let mut client = proxy.client();
+    let head = client.post_head("").replace("1.1\r", "1.0\r");
+    client.send(head).unwrap();
+    // It reads nothing before the upstream has failed.
+    proxy.wait_for_line(|line| line.contains("error=\"answer broken off: "));
+    client.head().unwrap();
+    let mut came = 0;
+    let end = loop {
+        match client.piece() {
+            Ok(Some(piece)) => came += piece.len(),
+            end => break end,
+        }
+    };
+    assert_eq!(came, LENGTH);
+    assert!(end.as_ref().is_err_and(is_closed), "{end:?}");
+}
+
 /// Asks a proxy for an answer that it can't get.
 fn assert_502(name: &str, launch: Launch, step: &str) {
     let mut proxy = launch.start();
     let mut client = proxy.client();
     // The client's connection and the proxy are none the worse for it.
-    #[test]
-    fn response_after_32_interim_responses_is_forwarded() {
-        let (_upstream, proxy) = serve(|exchange| {
-            exchange.body()?;
-            exchange.send(INTERIM.repeat(32))?;
-            exchange.answer("200 OK", "", b"{}")
-        });
-        let mut client = proxy.client();
-        // The count begins anew with each request of a connection.
-        for _ in 0..3 {
-            assert_eq!(client.ask().unwrap().status(), 200);
-        }
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn http_1_0_client_gets_all_bytes_before_the_reset() {
-        const LENGTH: usize = 300_000;
-        let (_upstream, mut proxy) = serve(|exchange| {
-            exchange.body()?;
-            exchange.send("HTTP/1.1 200 OK\r\n\r\n")?;
-            exchange.send("x".repeat(LENGTH))?;
-            exchange.cut()
-        });
-        let mut client = proxy.client();
-        let head = client.post_head("").replace("1.1\r", "1.0\r");
-        client.send(head).unwrap();
-        // It reads nothing before the upstream has failed.
-        proxy.wait_for_line(|line| line.contains("error=\"answer broken off: "));
-        client.head().unwrap();
-        let mut came = 0;
-        let end = loop {
-            match client.piece() {
-                Ok(Some(piece)) => came += piece.len(),
-                end => break end,
-            }
-        };
-        assert_eq!(came, LENGTH);
-        assert!(end.as_ref().is_err_and(is_closed), "{end:?}");
-    }
-
     for _ in 0..2 {
         let response = client.ask().unwrap();
         assert_eq!(response.status(), 502, "{name}: {response:?}");

@@ -8,12 +8,15 @@ use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::Kind;
 use crate::key::Credential;
+use crate::limits::MAX_INTERIM;
 
 /// What all requests begin with: a request line, which hyper writes, and the credential's line.
 pub(super) struct Opening {
@@ -108,6 +111,9 @@ pub(super) struct AuthorizingStream<S> {
     pub(super) stream: S,
     pub(super) opening: Rc<Opening>,
     pub(super) announcement: Announcement,
+    /// How many interim responses the last request has had. Atomic only because hyper wants its callbacks
+    /// to be `Send`.
+    pub(super) interim: Arc<AtomicU32>,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
@@ -116,6 +122,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.interim.load(Relaxed) > MAX_INTERIM {
+            return Poll::Ready(Err(io::Error::other("too many interim responses")));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
@@ -270,6 +279,7 @@ mod tests {
                 stream,
                 opening: Rc::clone(&opening),
                 announcement: Rc::clone(&announcement),
+                interim: Arc::default(),
             };
             // The second request takes the same way, and what is between them none.
             for _ in 0..2 {
@@ -320,6 +330,7 @@ mod tests {
                 stream: Wire::default(),
                 opening: Rc::clone(&opening),
                 announcement: Rc::clone(&announcement),
+                interim: Arc::default(),
             };
             announcement.set(Some(Announced::new(kind)));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);

@@ -8,10 +8,13 @@
 use std::error::Error;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{Builder, SendRequest};
+use hyper::ext::on_informational;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::task::{JoinHandle, spawn_local};
@@ -20,7 +23,7 @@ use super::Kind;
 use super::authorizing_stream::{Announced, Announcement, AuthorizingStream, Opening};
 use super::connector::Stream;
 use crate::flush::{FlushNoting, FlushState};
-use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
+use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_INTERIM};
 
 /// An error of a request's body.
 pub type BodyError = Box<dyn Error + Send + Sync>;
@@ -34,6 +37,7 @@ pub struct UpstreamConnection {
     /// Gives the stream back when HTTP has ended on it, and what has been read behind the last response.
     task: JoinHandle<(Stream, Bytes)>,
     announcement: Announcement,
+    interim: Arc<AtomicU32>,
     flush: FlushState,
 }
 
@@ -41,11 +45,13 @@ impl UpstreamConnection {
     /// A connection that has not been used.
     pub(super) async fn new(stream: Stream, opening: Rc<Opening>) -> hyper::Result<Self> {
         let announcement = Announcement::default();
+        let interim = Arc::default();
         let flush = FlushState::default();
         let stream = AuthorizingStream {
             stream,
             opening,
             announcement: Rc::clone(&announcement),
+            interim: Arc::clone(&interim),
         };
         let stream = FlushNoting {
             stream,
@@ -67,6 +73,7 @@ impl UpstreamConnection {
             sender,
             task,
             announcement,
+            interim,
             flush,
         })
     }
@@ -79,10 +86,18 @@ impl UpstreamConnection {
     pub(super) async fn send(
         &mut self,
         kind: Kind,
-        request: Request<RequestBody>,
+        mut request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
         self.announcement.set(Some(Announced::new(kind)));
+        self.interim.store(0, Relaxed);
+        let interim = Arc::clone(&self.interim);
+        on_informational(&mut request, move |_| _ = interim.fetch_add(1, Relaxed));
         self.sender.try_send_request(request).await
+    }
+
+    /// Whether the last request had more than [`MAX_INTERIM`] interim responses.
+    pub(super) fn exceeds_interim(&self) -> bool {
+        self.interim.load(Relaxed) > MAX_INTERIM
     }
 
     /// Whether another request can be sent.

@@ -105,7 +105,12 @@ impl Upstream {
                     }
                 },
             };
-            match link.send(kind, request).await {
+            let outcome = link.send(kind, request).await;
+            if link.exceeds_interim() {
+                let message = "the upstream sent more than 32 interim responses (protocol)";
+                return Err(Failure::no_answer(message));
+            }
+            match outcome {
                 Ok(answer) => return Ok((link, checked(kind, answer)?)),
                 Err(mut error) => match error.take_message() {
                     // The link has ended since it was looked at.
