@@ -21,7 +21,8 @@ let
   # systemd reads % in a unit as the start of a specifier
   escapeSpecifiers = lib.replaceStrings [ "%" ] [ "%%" ];
 
-  anyUser = cfg.allowedUsers == null;
+  # The kernel is queried for the owners of connections.
+  checksOwners = cfg.allowedUsers != null || cfg.upstreamUser != null;
 
   # Where secrets are installed by one of these units, nothing else orders it before a service.
   secretUnits = [
@@ -94,6 +95,20 @@ in
       '';
     };
 
+    upstreamUser = mkOption {
+      type = types.nullOr types.nonEmptyStr;
+      default = null;
+      example = "litellm";
+      description = ''
+        Owner of an upstream at an `http://` URL: a name, a numeric id, or a group
+        with a leading `@`. The kernel is asked who owns the upstream's end of each
+        connection, and nobody else but root gets the key. Needed for such an
+        upstream if {option}`allowedUsers` is set and the upstream is not root's.
+        With neither, the service can't ask, and any local user who takes the
+        upstream's port gets the key.
+      '';
+    };
+
     allowedUsers = mkOption {
       type = types.nullOr (types.nonEmptyListOf types.nonEmptyStr);
       default = null;
@@ -159,7 +174,7 @@ in
     ];
 
     # Who owns a connection is asked over these; hosts that lock modules need them early.
-    boot.kernelModules = lib.mkIf (!anyUser) [
+    boot.kernelModules = lib.mkIf checksOwners [
       "inet_diag"
       "tcp_diag"
     ];
@@ -239,6 +254,10 @@ in
               "--upstream-ca"
               "${cfg.upstreamCaFile}"
             ]
+            ++ lib.optionals (cfg.upstreamUser != null) [
+              "--upstream-user"
+              cfg.upstreamUser
+            ]
             ++ lib.optional cfg.httpShutdown "--http-shutdown"
             ++ lib.concatMap (user: [
               "--allow-user"
@@ -263,6 +282,8 @@ in
           # The key's page is locked; nothing else of the process shall reach a disk either.
           LimitCORE = 0;
           MemorySwapMax = 0;
+          # 4,096 clients that are stuck in both directions take 1.1 GB, and socket buffers count, too.
+          MemoryMax = "2G";
 
           AmbientCapabilities = "";
           CapabilityBoundingSet = "";
@@ -276,7 +297,7 @@ in
           PrivateMounts = true;
           PrivateTmp = true;
           # Hides other users' ids, which is what the kernel answers with.
-          PrivateUsers = anyUser;
+          PrivateUsers = !checksOwners;
           ProcSubset = "pid";
           ProtectClock = true;
           ProtectControlGroups = true;
@@ -294,7 +315,7 @@ in
             # name resolution and readiness
             "AF_UNIX"
           ]
-          ++ lib.optional (!anyUser) "AF_NETLINK";
+          ++ lib.optional checksOwners "AF_NETLINK";
           RestrictNamespaces = true;
           RestrictRealtime = true;
           RestrictSUIDSGID = true;

@@ -43,6 +43,13 @@ let
     );
     "only then other users' ids are seen" =
       set plain "PrivateUsers=true" && set restricted "PrivateUsers=false";
+    "so they are for an upstream's user" =
+      let
+        service = (machine system { upstreamUser = "litellm"; }).systemd.services.codex-responses-proxy;
+      in
+      !service.serviceConfig.PrivateUsers
+      && lib.elem "AF_NETLINK" service.serviceConfig.RestrictAddressFamilies
+      && lib.hasInfix ''"--upstream-user" "litellm"'' service.serviceConfig.ExecStart;
     "restarts slow down" = set plain "RestartMaxDelaySec=1min" && set plain "RestartSteps=10";
     "the port is the socket's" =
       lib.hasInfix "ListenStream=127.0.0.1:8400\n"

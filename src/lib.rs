@@ -5,7 +5,7 @@
 //!
 //! | room | holds |
 //! | --- | --- |
-//! | [`client`] | what comes in: the listening socket, connections, who is at their other end |
+//! | [`client`] | what comes in: the listening socket, connections |
 //! | [`exchange`] | one request: may it pass, its headers, its answer's body, its dump and line in the log |
 //! | [`upstream`] | what goes out: the target, connecting, adding the credential, links that are kept |
 //! | [`key`] | the credential: read once, in a page of its own |
