@@ -380,3 +380,80 @@ fn heads_that_are_too_large_or_just_small_enough() {
     let most = "x".repeat(64 * 1024 - 200);
     check(Served, [of(headers(126, "1")), of(headers(1, &most))]);
 }
+
+/// Shapes that suites for request smuggling have in common, beyond those above: what could be the framing, written
+/// so that some readers see it and others don't.
+#[test]
+fn obscured_framing_is_read_in_one_way_or_rejected() {
+    let chunks = "2\r\n{}\r\n0\r\n\r\n";
+    let with = |headers: &str, rest: &str| post(&format!("{headers}\r\n"), rest);
+    let chunked = [
+        "Transfer-Encoding:chunked",
+        "Transfer-Encoding:\tchunked\t",
+        "Transfer-Encoding: chunKED",
+        "X: a\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\nTransfer_Encoding: gzip",
+    ];
+    check(Served, chunked.map(|headers| with(headers, chunks)));
+    let length = [
+        "Content-Length:2",
+        "Content-Length:\t2\t",
+        "Content-Length: 02",
+        "Content_Length: 99\r\nContent-Length: 2",
+        "Content-Length: 2\r\nTransfer_Encoding: chunked",
+        "Content-Length: 2\r\nX: a, Transfer-Encoding: chunked",
+        "Content-Length: 2\r\nConnection: content-length",
+    ];
+    check(Served, length.map(|headers| with(headers, "{}")));
+    let neither = [
+        "Transfer-Encoding: \r\n chunked",
+        "Transfer-Encoding\t: chunked",
+        "\tTransfer-Encoding: chunked",
+        "Transfer-Encoding\x00: chunked",
+        "Transfer-Encoding\x0b: chunked",
+        "Transfer-Encoding: chunked\x0b",
+        "Transfer-Encoding: chunked\x00",
+        "Transfer-Encoding: \u{a0}chunked",
+        "Transfer-Encoding: chunked, ",
+        "Transfer-Encoding: , chunked",
+        "Transfer-Encoding: 'chunked'",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: ",
+        "Transfer-Encoding: identity\r\nContent-Length: 2",
+        "Transfer-Encoding",
+        "Content-Length:\r\n 2",
+        "Content-Length\t: 2",
+        "Content-Length: 2\x0b",
+        "Content-Length: 2;a=b",
+        "Content-Length: 1e1",
+        "Content-Length: 0b10",
+        "Content-Length: \u{b2}",
+        "Content-Length: 2\r\nContent-Length: 02x",
+        "Content-Length: 2\r\nContent-Length: ",
+        "Content-Length: ,2",
+        ": 2",
+    ];
+    check(Malformed, neither.map(|headers| with(headers, "{}")));
+    let lenient = [
+        "2 \r\n{}",
+        "2;\r\n{}",
+        "2;=\r\n{}",
+        "0000000000000000000002\r\n{}",
+    ];
+    let of = |chunk| {
+        with(
+            "Transfer-Encoding: chunked",
+            &format!("{chunk}\r\n0\r\n\r\n"),
+        )
+    };
+    check(Served, lenient.map(of));
+    let strict = [
+        "2\n{}",
+        "\r\n2\r\n{}",
+        "02x\r\n{}",
+        "2\r\r\n{}",
+        "2\r\n{}\n",
+        "2_0\r\n{}",
+        "\u{b2}\r\n{}",
+    ];
+    check(Unfinished, strict.map(of));
+}
