@@ -3,10 +3,11 @@
 mod support;
 
 use nix::fcntl::{FcntlArg::F_DUPFD_CLOEXEC, fcntl};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::Command;
 use support::*;
@@ -82,6 +83,8 @@ fn systemd_is_told_of_the_beginning_and_of_the_end() {
         let folder = Folder::new();
         let path = folder.join("notify");
         let notices = UnixDatagram::bind(&path).unwrap();
+        // As systemd's own is: the program may have dropped root.
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
         notices.set_read_timeout(Some(PATIENCE)).unwrap();
         let notice = || {
             let mut bytes = [0; 1000];
