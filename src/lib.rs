@@ -48,7 +48,6 @@ use crate::exchange::dump::Dumper;
 use crate::exchange::{Allowed, Proxy};
 use crate::key::Credential;
 use crate::peer::PeerCheck;
-use crate::server_info::ServerInfo;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
 use crate::upstream::{Connector, Upstream, outbound_proxy};
@@ -115,7 +114,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         ));
     }
     let server_info = arguments.server_info.as_deref();
-    let mut server_info = server_info.map(ServerInfo::prepare).transpose()?;
+    let server_info = server_info.map(server_info::Prepared::new).transpose()?;
     let runtime = Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
@@ -142,8 +141,9 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             dumper,
             stop,
         });
-        if let Some(info) = &mut server_info {
-            info.publish(address.port())?;
+        if let Some(prepared) = server_info {
+            let published = prepared.publish(address.port())?;
+            proxy.stop.remove_at_start(published);
         }
         #[cfg(target_os = "linux")]
         privileges::drop_root(arguments.dump_dir.is_some())?;
@@ -183,9 +183,13 @@ fn owner_check(
     }
 }
 
-/// The first SIGTERM or SIGINT begins the end; the second is the end.
+/// The first SIGTERM, SIGINT, SIGHUP or SIGQUIT begins the end; the second is the end.
 fn stop_on_signals(stop: &Stop) -> std::io::Result<()> {
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+    let always = [SignalKind::terminate(), SignalKind::interrupt()];
+    // nohup(1) and shells ignore these two for programs that outlive the terminal.
+    let mut unless_ignored = vec![SignalKind::hangup(), SignalKind::quit()];
+    unless_ignored.retain(|kind| !is_ignored(*kind));
+    for kind in always.into_iter().chain(unless_ignored) {
         let mut signals = signal(kind)?;
         let stop = stop.clone();
         tokio::task::spawn_local(async move {
@@ -202,4 +206,13 @@ fn stop_on_signals(stop: &Stop) -> std::io::Result<()> {
         });
     }
     Ok(())
+}
+
+/// Whether this process ignores a signal (proc_pid_status(5), `SigIgn`). Assumed where there is no `/proc`: then
+/// the signal keeps its disposition.
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_none_or(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 1)
 }

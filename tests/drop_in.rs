@@ -5,8 +5,10 @@ mod support;
 
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::sync::mpsc::Sender;
-use std::{env, fs, io, net::TcpStream, os::unix::fs::symlink, path::Path, process::Command};
+use std::{env, fs, io, net::TcpStream, path::Path, process::Command};
 use support::*;
 use tungstenite::{Message, WebSocket, protocol::Role};
 
@@ -56,6 +58,106 @@ fn a_link_or_an_earlier_file_where_the_info_file_goes_is_replaced_and_not_follow
 
     fs::write(&file, "{\"port\":1,\"pid\":1}\nand more\n".repeat(100)).unwrap();
     assert_info(&file, &with_info_file(&file));
+}
+
+/// Makes a directory read-only for a user without privileges, until the end of the test.
+struct ReadOnly<'a>(&'a Path);
+
+impl<'a> ReadOnly<'a> {
+    fn new(folder: &'a Path) -> Self {
+        fs::set_permissions(folder, Permissions::from_mode(0o555)).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(self.0, Permissions::from_mode(0o755));
+    }
+}
+
+/// A file that everyone may write, as codex-action creates it for its `unprivileged-user` strategy.
+fn write_shared(file: &Path, content: &str) {
+    fs::write(file, content).unwrap();
+    fs::set_permissions(file, Permissions::from_mode(0o666)).unwrap();
+}
+
+#[test]
+fn info_file_in_read_only_directory_is_written_in_place() {
+    let what = "an info file in a read-only directory";
+    for before in ["", &"{\"port\":1,\"pid\":1}\n".repeat(100)] {
+        let folder = Folder::new();
+        let file = folder.join("info.json");
+        write_shared(&file, before);
+        let inode = fs::metadata(&file).unwrap().ino();
+        let _read_only = ReadOnly::new(&folder);
+        let Some(launch) = unprivileged(what, Launch::new) else {
+            return;
+        };
+        let proxy = launch.arg("--server-info").arg(&file).start();
+        assert_info(&file, &proxy);
+        assert_eq!(fs::metadata(&file).unwrap().ino(), inode);
+        // As the action does once the file is there.
+        fs::set_permissions(&file, Permissions::from_mode(0o444)).unwrap();
+        assert_eq!(proxy.stop().status.code(), Some(0));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "", "it is emptied");
+        assert_eq!(fs::read_dir(&*folder).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn info_file_that_others_rewrote_in_place_is_left_alone() {
+    let folder = Folder::new();
+    let file = folder.join("info.json");
+    let proxy = with_info_file(&file);
+    let theirs = format!("{} ", fs::read_to_string(&file).unwrap());
+    fs::write(&file, &theirs).unwrap();
+    assert_eq!(proxy.stop().status.code(), Some(0));
+    assert_eq!(fs::read_to_string(&file).unwrap(), theirs);
+}
+
+#[test]
+fn links_in_read_only_directory_are_not_written_through() {
+    let folder = Folder::new();
+    let victim = folder.join("victim");
+    let outside = Folder::new();
+    let linked = outside.join("linked");
+    for file in [&victim, &linked] {
+        write_shared(file, "untouched");
+    }
+    symlink(&victim, folder.join("symbolic")).unwrap();
+    if fs::hard_link(&linked, folder.join("hard")).is_err() {
+        skip("a hard link", "another file system");
+    }
+    let _read_only = ReadOnly::new(&folder);
+    for name in ["symbolic", "hard", "missing"] {
+        let path = folder.join(name);
+        let Some(launch) = unprivileged("links", Launch::before_the_key) else {
+            return;
+        };
+        let launch = launch.arg("--server-info").arg(&path);
+        launch.assert_one_sentence(name, 1, &[path.to_str().unwrap()]);
+    }
+    for file in [&victim, &linked] {
+        assert_eq!(fs::read_to_string(file).unwrap(), "untouched");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn info_file_mounted_into_a_container_is_written_in_place() {
+    let folder = Folder::new();
+    let (source, file) = (folder.join("source"), folder.join("info.json"));
+    write_shared(&source, "");
+    write_shared(&file, "");
+    let launch = Launch::new().arg("--server-info").arg(&file);
+    let mounts = vec![Mount::File(source.clone(), file)];
+    if let Some(proxy) = start_with_mounts("a mounted info file", launch, mounts) {
+        assert_info(&source, &proxy);
+        assert_eq!(proxy.stop().status.code(), Some(0));
+        assert_eq!(fs::read_to_string(&source).unwrap(), "");
+        assert_eq!(fs::read_dir(&*folder).unwrap().count(), 2);
+    }
 }
 
 #[test]

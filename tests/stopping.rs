@@ -3,7 +3,8 @@
 
 mod support;
 
-use nix::sys::signal::Signal::SIGTERM;
+use nix::sys::signal::Signal::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use std::process::Command;
 use std::{io::ErrorKind, net::TcpStream, sync::mpsc::Sender, time::Duration};
 use support::*;
 
@@ -41,7 +42,7 @@ fn streaming(proxy: &Proxy) -> Client {
 #[test]
 fn streams_in_flight_finish_while_all_else_ends_and_the_port_can_be_bound_again() {
     let port = free_port().to_string();
-    for way in ["SIGTERM", "SIGINT", "GET /shutdown"] {
+    for way in ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "GET /shutdown"] {
         let (upstream, go_on) = holding();
         let launch = Launch::to(&upstream).arg("--http-shutdown");
         // The last one closed connections first, so its end of them lingers in the kernel: the port is free at once.
@@ -160,13 +161,19 @@ fn a_second_signal_ends_it_at_once() {
         ["SIGTERM", "SIGTERM"],
         ["SIGINT", "SIGINT"],
         ["SIGTERM", "SIGINT"],
+        ["SIGHUP", "SIGQUIT"],
         ["GET /shutdown", "SIGTERM"],
     ] {
         let (upstream, _never) = holding();
-        let mut proxy = Launch::to(&upstream).arg("--http-shutdown").start();
+        let folder = Folder::new();
+        let info = folder.join("info.json");
+        let launch = Launch::to(&upstream).arg("--http-shutdown");
+        let mut proxy = launch.arg("--server-info").arg(&info).start();
         let mut stream = streaming(&proxy);
+        assert!(info.exists());
         proxy.ask_to_stop(first);
         wait_until_refused(&proxy);
+        assert!(!info.exists(), "{first}: it names a port that refuses");
         let running = proxy.is_running();
         assert!(running, "{first}, {second}: the stream is still in flight");
         proxy.ask_to_stop(second);
@@ -174,4 +181,36 @@ fn a_second_signal_ends_it_at_once() {
         assert_ne!(run.status.code(), Some(0), "{first}, {second}: {run:?}");
         stream.rest().expect_err("the stream is broken off");
     }
+}
+
+#[test]
+fn info_file_is_removed_by_two_signals_at_once() {
+    for _ in 0..5 {
+        let folder = Folder::new();
+        let info = folder.join("info.json");
+        let proxy = Launch::new().arg("--server-info").arg(&info).start();
+        // Both are pending when the program runs again.
+        proxy.freeze();
+        for signal in [SIGTERM, SIGINT, SIGCONT] {
+            proxy.signal(signal);
+        }
+        proxy.wait();
+        assert!(!info.exists());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn signals_ignored_at_startup_do_not_shut_down() {
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", "trap '' HUP QUIT; exec \"$@\"", "sh", PROGRAM]);
+    let upstream = Upstream::start(ok);
+    let launch = Launch::of(shell).url(&upstream.url());
+    let proxy = launch.trusting(&upstream).start();
+    for signal in [SIGHUP, SIGQUIT] {
+        proxy.signal(signal);
+        assert_eq!(proxy.ask().status(), 200, "{signal}");
+    }
+    // If it had shut down for one of them, this would be the second signal.
+    assert_eq!(proxy.stop().status.code(), Some(0));
 }

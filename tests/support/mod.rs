@@ -26,7 +26,7 @@ pub(crate) use {linux::*, memory::Memory};
 
 use nix::libc;
 use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
-use nix::unistd::geteuid;
+use nix::unistd::{Gid, Uid, geteuid, setgid, setuid};
 use std::io::{self, Write, stderr};
 use std::net::TcpListener;
 use std::os::fd::RawFd;
@@ -64,6 +64,26 @@ pub(crate) fn is_root_for(what: &str) -> bool {
         skip(what, "only root may");
     }
     geteuid().is_root()
+}
+
+/// This command line, run by a user without privileges: the one who runs the tests or, if that is root, another one.
+/// `None`, with the reason on stderr, where that user cannot execute the program.
+pub(crate) fn unprivileged(what: &str, launch: fn() -> Launch) -> Option<Launch> {
+    const ID: u32 = 54_321;
+    if !geteuid().is_root() {
+        return Some(launch());
+    }
+    let switch = || {
+        setgid(Gid::from_raw(ID))?;
+        Ok(setuid(Uid::from_raw(ID))?)
+    };
+    match launch().arg("--version").before_start(switch).try_spawn() {
+        Ok(_) => Some(launch().before_start(switch)),
+        Err(error) => {
+            skip(what, &format!("no other user can run the program: {error}"));
+            None
+        }
+    }
 }
 
 /// Waits until this is so, which nothing tells of.

@@ -43,6 +43,9 @@ impl Launch {
             command.env_remove(name);
             command.env_remove(name.to_ascii_lowercase());
         }
+        for name in ["CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"] {
+            command.env_remove(name);
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(Stdio::piped());
         let input = Some(format!("{KEY}\n").into_bytes());
@@ -246,12 +249,11 @@ impl Proxy {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// Asks for the end: by `SIGTERM` or `SIGINT`, or else over HTTP.
+    /// Asks for the end: by the signal of this name, or else over HTTP.
     pub(crate) fn ask_to_stop(&self, way: &str) {
-        match way {
-            "SIGTERM" => self.signal(Signal::SIGTERM),
-            "SIGINT" => self.signal(Signal::SIGINT),
-            _ => assert_eq!(self.client().status_of(way).unwrap(), 200),
+        match way.parse() {
+            Ok(signal) => self.signal(signal),
+            Err(_) => assert_eq!(self.client().status_of(way).unwrap(), 200),
         }
     }
 
