@@ -50,7 +50,7 @@ use crate::key::Credential;
 use crate::peer::PeerCheck;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
-use crate::upstream::{Connector, Upstream, outbound_proxy};
+use crate::upstream::{CaFile, Connector, Upstream, outbound_proxy};
 
 /// The status for a command line that can't be understood, as with clap's own.
 const BAD_USAGE: u8 = 2;
@@ -93,8 +93,10 @@ fn fail(sentence: &str, status: u8) -> ExitCode {
 /// sentence on what is wrong and what to do; never with the key in it.
 fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
-    let way = outbound_proxy::outbound_proxy(&target, |name| std::env::var_os(name))?;
-    let mut connector = Connector::new(&target, way, arguments.upstream_ca.as_deref())?;
+    let variable = |name: &str| std::env::var_os(name);
+    let proxy = outbound_proxy::outbound_proxy(&target, variable)?;
+    let ca_file = CaFile::find(arguments.upstream_ca.clone(), variable);
+    let mut connector = Connector::new(&target, proxy, ca_file)?;
     let limit = listener::connection_limit();
     let listener = listener::open(arguments.port)?;
     let unusable = |error| format!("cannot use the listening socket: {error}");

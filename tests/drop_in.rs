@@ -239,6 +239,29 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
     assert_eq!(info, format!("{{\"port\":{port},\"pid\":{pid}}}\n"));
     drop(proxy);
 
+    // codex-action's `unprivileged-user` strategy.
+    let _read_only = ReadOnly::new(file.parent().unwrap());
+    write_shared(&file, "");
+    if let Some(launch) = unprivileged("an info file in a read-only directory", &program) {
+        let launch = launch.url(&upstream.url()).input("sk-a");
+        let proxy = launch.arg("--server-info").arg(&file).start();
+        let info = fs::read_to_string(&file).unwrap();
+        assert!(
+            info.contains(&format!("\"port\":{},", proxy.port)),
+            "{info}"
+        );
+    }
+
+    let tls = Upstream::start(ok);
+    let ca = tls.authority().unwrap();
+    let socks = ("all_proxy", "socks5://127.0.0.1:9".as_ref());
+    for (name, value) in [("SSL_CERT_FILE", ca.as_os_str()), socks] {
+        let upstream = if name == socks.0 { &upstream } else { &tls };
+        let launch = program().url(&upstream.url()).env(name, value);
+        let launch = launch.env("NO_PROXY", "localhost");
+        assert_eq!(launch.start().ask().status(), 200, "{name}");
+    }
+
     let long = "k".repeat(2000);
     for (input, args, expected) in [
         ("", "", 1),

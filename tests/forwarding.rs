@@ -212,6 +212,26 @@ fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() 
 }
 
 #[test]
+fn response_headers_that_rfc_9112_has_proxies_repair_are_repaired() {
+    let (_upstream, proxy) = serve(|exchange| {
+        exchange.body()?;
+        exchange.send(
+            "HTTP/1.1 200 OK\r\nX-Blank : 1\r\nX-Tab\t: 2\r\nX-Folded: a\r\n  b\r\n\tc\r\n\
+             Transfer-Encoding : chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        )
+    });
+    let mut client = proxy.client();
+    for _ in 0..2 {
+        let response = client.ask().unwrap();
+        assert_eq!(response.status(), 200);
+        let expected = "transfer-encoding: chunked\nx-blank: 1\nx-folded: a b c\nx-tab: 2";
+        let lines = response.head.sorted().join("\n");
+        assert_eq!(lines.replace("  ", " "), expected);
+        assert_eq!(response.body, b"{}");
+    }
+}
+
+#[test]
 fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
     let (upstream, proxy) = serve(|exchange| {
         exchange.body()?;

@@ -50,7 +50,7 @@ impl Tunnels {
         let (first, second) = answer.split_at(answer.len() / 2);
         to_client.write_all(first.as_bytes())?;
         to_client.write_all(second.as_bytes())?;
-        if answer != ESTABLISHED {
+        if !answer.contains(" 2") {
             return Ok(());
         }
         let head = String::from_utf8(head).unwrap();
@@ -174,6 +174,23 @@ fn variables_say_what_is_reached_directly() {
 }
 
 #[test]
+fn any_2xx_response_to_connect_opens_the_tunnel() {
+    for answer in [
+        "HTTP/1.0 200 Connection established\r\n\r\n",
+        "HTTP/1.1 201 Created\r\n\r\n",
+        "HTTP/1.1 204 No Content\r\nProxy-Agent: x\r\n\r\n",
+        // Neither means anything here (RFC 9112, section 6.3).
+        "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
+        "HTTP/1.1 299 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n",
+    ] {
+        let upstream = Upstream::start(ok);
+        let url = Tunnels::start(answer).url;
+        let proxy = Launch::to(&upstream).env("HTTPS_PROXY", url).start();
+        assert_eq!(proxy.ask().status(), 200, "{answer:?}");
+    }
+}
+
+#[test]
 fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
     let nobody = format!("http://{}", nobody.unwrap());
@@ -187,8 +204,18 @@ fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
     let proxies = answers.map(|answer| (answer, Tunnels::start(answer).url));
     for (name, url) in proxies.into_iter().chain([("no proxy there", nobody)]) {
         let upstream = Upstream::start(ok);
-        let response = Launch::to(&upstream).env("HTTPS_PROXY", url).start().ask();
+        let mut proxy = Launch::to(&upstream).env("HTTPS_PROXY", url).start();
+        let response = proxy.ask();
         assert_eq!(response.status(), 502, "{name:?}");
+        let line = proxy.wait_for_request("request ", &["status=502", "(proxy)"]);
+        // The operator is told the status of the proxy's response.
+        let status = name
+            .strip_prefix("HTTP/1.1 ")
+            .and_then(|rest| rest.get(..3));
+        assert!(
+            line.contains(status.unwrap_or_default()),
+            "{name:?}: {line}"
+        );
         let message = response.error_message();
         assert!(!message.contains(KEY), "{name:?}: {message}");
         assert!(message.contains("proxy"), "{name:?}: {message}");

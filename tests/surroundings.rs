@@ -5,6 +5,8 @@ mod support;
 
 use rustls::crypto::aws_lc_rs::{self, kx_group::X25519MLKEM768};
 use rustls::version::{TLS12, TLS13};
+use std::fs;
+use std::path::Path;
 use support::*;
 
 #[test]
@@ -18,13 +20,53 @@ fn an_upstream_of_tls_1_2_and_one_of_hybrid_key_exchange_alone_are_served() {
     }
 }
 
+#[test]
+fn company_ca_is_trusted_by_flag_or_variable() {
+    let (upstream, other) = (Upstream::start(ok), Upstream::start(ok));
+    let (ca, other) = (upstream.authority().unwrap(), other.authority().unwrap());
+    // A bundle may have certificates that are of no use.
+    let folder = Folder::new();
+    let bundle = folder.join("bundle.pem");
+    let unusable = "-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n";
+    fs::write(
+        &bundle,
+        unusable.to_owned() + &fs::read_to_string(&ca).unwrap(),
+    )
+    .unwrap();
+    let launch = |codex: &Path, ssl: &Path| {
+        let launch = Launch::new().url(&upstream.url());
+        launch
+            .env("CODEX_CA_CERTIFICATE", codex)
+            .env("SSL_CERT_FILE", ssl)
+    };
+    let unset = Path::new("");
+    for (name, launch, expected) in [
+        ("CODEX_CA_CERTIFICATE", launch(&ca, unset), 200),
+        ("SSL_CERT_FILE", launch(unset, &ca), 200),
+        ("a bundle", launch(unset, &bundle), 200),
+        ("both", launch(&ca, &other), 200),
+        ("the other first", launch(&other, &ca), 502),
+        ("a flag", launch(&other, &other).trusting(&upstream), 200),
+        ("neither", launch(unset, unset), 502),
+    ] {
+        let mut proxy = launch.start();
+        assert_eq!(proxy.ask().status(), expected, "{name}");
+        let line = proxy.wait_for_request("request ", &[]);
+        let names = ["--upstream-ca", "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"];
+        for source in names {
+            assert_eq!(line.contains(source), name == "neither", "{name}: {line}");
+        }
+        let logged = proxy.log.iter().any(|line| line.contains("1 unusable"));
+        assert_eq!(logged, name == "a bundle", "{:?}", proxy.log);
+    }
+}
+
 #[cfg(target_os = "linux")]
 mod linux {
     use super::*;
     use nix::sched::{CloneFlags, unshare};
     use nix::sys::signal::Signal;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
-    use std::fs;
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;

@@ -61,6 +61,9 @@ impl UpstreamConnection {
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
             .max_buf_size(MAX_HEAD_BYTES)
+            // To be repaired by a proxy, not rejected (RFC 9112, sections 5.1 and 5.2).
+            .allow_spaces_after_header_name_in_responses(true)
+            .allow_obsolete_multiline_headers_in_responses(true)
             .handshake(TokioIo::new(stream))
             .await?;
         let task = spawn_local(async move {

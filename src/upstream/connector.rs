@@ -1,30 +1,40 @@
 //! One connection to the upstream: name, socket, tunnel, TLS.
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::{StatusCode, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::proxy::matcher::Intercept;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
 use super::target::Target;
+use super::tunnel::open_tunnel;
 use crate::failure::Failure;
 use crate::log;
 use crate::peer::PeerCheck;
 
 /// How long connecting may take: looking the name up, TCP, the proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the addresses of a name may take to connect to, shared equally among those of one family. More
+/// than [`CONNECT_TIMEOUT`], so that always the latter is what elapses where no address replies.
+const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(11);
+
+/// How long sent data may stay unacknowledged before the kernel closes an upstream connection (tcp(7),
+/// `TCP_USER_TIMEOUT`). By default it retransmits for some 15 minutes.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long an upstream connection may be silent before the kernel asks whether the peer is there.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
@@ -45,8 +55,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 pub struct Connector {
     origin: Uri,
     http: HttpConnector,
-    /// The way through a proxy, if there is one.
-    tunnel: Option<Tunnel<HttpConnector>>,
+    /// The outbound proxy that opens a tunnel, if there is one.
+    proxy: Option<Intercept>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     /// Who may own a plain upstream's end of a connection: any local user can listen on a loopback port.
     pub owner: Option<PeerCheck>,
@@ -61,29 +71,16 @@ impl Connector {
     pub fn new(
         target: &Target,
         proxy: Option<Intercept>,
-        ca_file: Option<&Path>,
+        ca_file: Option<CaFile>,
     ) -> Result<Self, String> {
-        let mut http = HttpConnector::new();
-        http.enforce_http(false);
-        http.set_nodelay(true);
-        http.set_keepalive(Some(KEEPALIVE_AFTER));
-        http.set_keepalive_interval(Some(KEEPALIVE_EVERY));
-        http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
-        let tunnel = proxy.map(|proxy| {
-            let tunnel = Tunnel::new(proxy.uri().clone(), http.clone());
-            match proxy.basic_auth() {
-                Some(auth) => tunnel.with_auth(auth.clone()),
-                None => tunnel,
-            }
-        });
         let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
         let name = target.tls_name.clone().map(ServerName::try_from);
         let unusable = |_| "--upstream-url has a host for which there is no certificate";
         let name = name.transpose().map_err(unusable)?;
         Ok(Self {
             origin: target.origin.clone(),
-            http,
-            tunnel,
+            http: with_options(HttpConnector::new()),
+            proxy,
             tls: name.map(|name| (tls, name)),
             owner: None,
         })
@@ -117,20 +114,17 @@ impl Connector {
     }
 
     async fn connect_unbounded(&self) -> Result<Stream, Failure> {
-        let origin = self.origin.clone();
-        let tcp = match &self.tunnel {
-            None => self.http.clone().call(origin).await.map_err(no_socket)?,
-            Some(tunnel) => {
-                let message = "the proxy on the way to the upstream made no tunnel (proxy)";
-                let tunnel = tunnel.clone().call(origin).await;
-                tunnel.map_err(Failure::unreachable(message))?
-            }
+        let mut http = self.http.clone();
+        let tcp = match &self.proxy {
+            None => http.call(self.origin.clone()).await.map_err(no_socket)?,
+            Some(proxy) => open_tunnel(http, proxy, &self.origin)
+                .await
+                .map_err(|error| Failure::unreachable(NO_TUNNEL)(io::Error::other(error)))?,
         }
         .into_inner();
         if let Some((tls, name)) = &self.tls {
-            let message = "no secure connection to the upstream could be made (TLS)";
             let stream = tls.connect(name.clone(), tcp).await;
-            return Ok(Box::new(stream.map_err(Failure::unreachable(message))?));
+            return Ok(Box::new(stream.map_err(tls_error)?));
         }
         // The name was one of loopback, but a name is only a name.
         let address = tcp.peer_addr().map_err(no_socket)?;
@@ -150,30 +144,102 @@ impl Connector {
     }
 }
 
+/// Sets the options of sockets to the upstream or the outbound proxy.
+fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
+    http.enforce_http(false);
+    http.set_nodelay(true);
+    http.set_connect_timeout(Some(ADDRESSES_TIMEOUT));
+    http.set_keepalive(Some(KEEPALIVE_AFTER));
+    http.set_keepalive_interval(Some(KEEPALIVE_EVERY));
+    http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
+    #[cfg(target_os = "linux")]
+    http.set_tcp_user_timeout(Some(UNACKNOWLEDGED_TIMEOUT));
+    http
+}
+
+const NO_TUNNEL: &str = "the outbound proxy did not establish a CONNECT tunnel (proxy)";
+
 /// What a client is told where there is no socket.
 const NO_SOCKET: &str = "the upstream could not be reached (connect)";
 
 /// No socket to the upstream, or no address. A name that isn't found is told by having no error number:
-/// getaddrinfo(3) has codes of its own, and whatever fails behind it has one.
+/// getaddrinfo(3) has codes of its own, and whatever fails behind it has one, but for an address that does not
+/// reply in its share of the time.
 fn no_socket<E: Error + 'static>(error: E) -> Failure {
     let mut causes = std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| {
         error.source()
     });
     let cause = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
-    Failure::unreachable(match cause.map(io::Error::raw_os_error) {
-        Some(None) => "the upstream's name could not be resolved (DNS)",
-        _ => NO_SOCKET,
+    let is_unresolved = |error: &io::Error| {
+        error.raw_os_error().is_none() && error.kind() != io::ErrorKind::TimedOut
+    };
+    Failure::unreachable(match cause.is_some_and(is_unresolved) {
+        true => "the upstream's name could not be resolved (DNS)",
+        false => NO_SOCKET,
     })(error)
 }
 
-/// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`; HTTP/1.1 is all that is spoken.
-fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(path) = ca_file {
-        add_roots(path, &mut roots).map_err(|what| {
-            let path = path.display();
-            format!("--upstream-ca {path}: {what}; give a file with one or more PEM certificates")
+/// A failed handshake. If the issuer is unknown, the log says how to trust it.
+fn tls_error(error: io::Error) -> Failure {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let unknown_issuer = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
+    let is_unknown_issuer = cause == Some(&unknown_issuer);
+    let message = "no secure connection to the upstream could be made (TLS)";
+    let mut failure = Failure::unreachable(message)(error);
+    if is_unknown_issuer {
+        failure.detail += "; to trust a company's CA, name its PEM file in --upstream-ca, CODEX_CA_CERTIFICATE or SSL_CERT_FILE";
+    }
+    failure
+}
+
+/// A file with certificates to trust in addition to the built-in roots, and the flag or variable that names it.
+pub struct CaFile {
+    source: &'static str,
+    path: PathBuf,
+}
+
+impl CaFile {
+    /// The file named by `--upstream-ca`, else by `CODEX_CA_CERTIFICATE`, which Codex reads, else by
+    /// `SSL_CERT_FILE`. `variable` looks one up; an empty value counts as unset.
+    pub fn find(
+        flag: Option<PathBuf>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Option<Self> {
+        let variables = ["CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"]
+            .into_iter()
+            .map(|source| (source, variable(source).unwrap_or_default()))
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(source, value)| (source, value.into()));
+        let flag = flag.map(|path| ("--upstream-ca", path)).into_iter();
+        let (source, path) = flag.chain(variables).next()?;
+        Some(Self { source, path })
+    }
+
+    /// Adds the certificates to `roots`. Bundles may have some that are unusable: those are logged.
+    fn add_to(&self, roots: &mut RootCertStore) -> Result<(), String> {
+        let (source, path) = (self.source, self.path.display());
+        let certificates = CertificateDer::pem_file_iter(&self.path).and_then(Iterator::collect);
+        let certificates: Vec<_> = certificates.map_err(|error| {
+            format!("{source} {path}: {error}; name a file with one or more PEM certificates")
         })?;
+        match roots.add_parsable_certificates(certificates) {
+            (0, _) => Err(format!("{source} {path}: no usable PEM certificate found")),
+            (_, 0) => Ok(()),
+            (_, unusable) => {
+                log::line(format_args!(
+                    "{source} {path}: {unusable} unusable certificates"
+                ));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`; HTTP/1.1 is all that is spoken.
+fn client_config(ca_file: Option<CaFile>) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    if let Some(file) = ca_file {
+        file.add_to(&mut roots)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -185,20 +251,15 @@ fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-/// Adds the certificates in a PEM file.
-fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error>> {
-    let before = roots.len();
-    for certificate in CertificateDer::pem_file_iter(path)? {
-        roots.add(certificate?)?;
-    }
-    match roots.len() - before {
-        0 => Err("no certificate found".into()),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+    use std::task::{Context, Poll};
+
+    use hyper_util::client::legacy::connect::dns::Name;
+    use nix::sys::socket::sockopt::{KeepAlive, TcpUserTimeout};
+    use nix::sys::socket::{Backlog, getsockopt};
+    use tokio::net::{TcpListener, TcpSocket, TcpStream};
     use tokio::time::Instant;
 
     use super::*;
@@ -215,5 +276,93 @@ mod tests {
         assert!((10_000..10_010).contains(&lasted), "{lasted} ms");
         assert_eq!(failure.status, StatusCode::GATEWAY_TIMEOUT);
         assert!(failure.message.contains("10 s (connect)"));
+    }
+
+    /// A name with these addresses.
+    #[derive(Clone)]
+    struct Addresses(Vec<SocketAddr>);
+
+    impl Service<Name> for Addresses {
+        type Response = std::vec::IntoIter<SocketAddr>;
+        type Error = io::Error;
+        type Future = std::future::Ready<io::Result<Self::Response>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Name) -> Self::Future {
+            std::future::ready(Ok(self.0.clone().into_iter()))
+        }
+    }
+
+    /// An address that drops packets: its queue of connections is full.
+    async fn silent_address() -> (SocketAddr, Vec<TcpStream>, TcpSocket) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap();
+        nix::sys::socket::listen(&socket, Backlog::new(0).unwrap()).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(Ok(stream)) =
+            timeout(Duration::from_millis(1), TcpStream::connect(address)).await
+        {
+            waiting.push(stream);
+        }
+        (address, waiting, socket)
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test(start_paused = true)]
+    async fn each_address_gets_its_share_of_the_connect_timeout() {
+        let (silent, _waiting, _socket) = silent_address().await;
+        let second = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let second = second.local_addr().unwrap();
+        let resolver = Addresses(vec![silent, second]);
+        let mut http = with_options(HttpConnector::new_with_resolver(resolver));
+        let begun = Instant::now();
+        let stream = http.call(Uri::from_static("http://upstream/")).await;
+        assert_eq!(stream.unwrap().inner().peer_addr().unwrap(), second);
+        let lasted = begun.elapsed().as_millis();
+        assert!((5_500..5_510).contains(&lasted), "{lasted} ms");
+
+        // An address that was silent is not a name that could not be resolved.
+        let resolver = Addresses(vec![silent, "127.0.0.1:1".parse().unwrap()]);
+        let mut http = with_options(HttpConnector::new_with_resolver(resolver));
+        let error = http.call(Uri::from_static("http://upstream/")).await;
+        assert_eq!(no_socket(error.unwrap_err()).message, NO_SOCKET);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn sockets_limit_unacknowledged_data_to_30_seconds() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let mut http = with_options(HttpConnector::new());
+        let stream = http.call(url.parse().unwrap()).await.unwrap();
+        assert_eq!(getsockopt(stream.inner(), TcpUserTimeout), Ok(30_000));
+        assert_eq!(getsockopt(stream.inner(), KeepAlive), Ok(true));
+    }
+
+    #[test]
+    fn ca_file_comes_from_the_first_source_that_is_set() {
+        const NAMES: [&str; 3] = ["--upstream-ca", "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"];
+        for (values, expected) in [
+            ([Some("a"), Some("b"), Some("c")], Some(0)),
+            ([None, Some("b"), Some("c")], Some(1)),
+            ([None, Some(""), Some("c")], Some(2)),
+            ([None, None, Some("c")], Some(2)),
+            ([None, Some(""), Some("")], None),
+            ([None; 3], None),
+        ] {
+            let variable = |name: &str| {
+                let index = NAMES.iter().position(|other| *other == name)?;
+                values[index].map(OsString::from)
+            };
+            let found = CaFile::find(values[0].map(PathBuf::from), variable);
+            let found = found.map(|file| (file.source, file.path));
+            let expected =
+                expected.map(|index: usize| (NAMES[index], PathBuf::from(values[index].unwrap())));
+            assert_eq!(found, expected, "{values:?}");
+        }
     }
 }

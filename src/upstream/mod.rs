@@ -7,6 +7,7 @@ mod connector;
 pub mod outbound_proxy;
 mod pool;
 pub mod target;
+mod tunnel;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -20,7 +21,7 @@ use tokio::task::yield_now;
 
 use self::authorizing_stream::Opening;
 pub use self::connection::{BodyError, RequestBody, UpstreamConnection};
-pub use self::connector::{Connector, Stream};
+pub use self::connector::{CaFile, Connector, Stream};
 use self::pool::Pool;
 use self::target::Target;
 use crate::failure::Failure;

@@ -10,91 +10,112 @@ use super::target::{Target, usable_port};
 use crate::log;
 
 /// Finds the CONNECT proxy for `target` in `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` or their
-/// lower-case forms; `variable` looks one up. Entries of `NO_PROXY` that can't be used are named in the
-/// log and no more: many systems set such by default.
+/// lower-case forms; `variable` looks one up. A value of blanks counts as unset. Entries of `NO_PROXY` that match
+/// nothing are named in the log and no more: many systems set such by default.
 ///
 /// An upstream without TLS is on loopback and never goes through a proxy: that would show it the key.
 ///
 /// # Errors
 ///
-/// A sentence naming the variable whose value can't be used, which would otherwise be ignored: the
-/// key's owner believes that a proxy is in the way.
+/// A sentence naming the variable that applies, if its value is unusable: the key's owner believes that
+/// requests go through a proxy.
 pub fn outbound_proxy(
     target: &Target,
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Option<Intercept>, String> {
-    let lookup = |upper: &str| -> Result<(String, String), String> {
+    let lookup = |upper: &str| {
         let names = [upper.to_owned(), upper.to_ascii_lowercase()];
-        let mut values = names
-            .into_iter()
-            .filter_map(|name| Some((variable(&name)?, name)));
-        let found = values.find(|(value, _)| !value.is_empty());
-        let (value, name) = found.unwrap_or_default();
-        match value.into_string() {
-            Ok(value) => Ok((name, value)),
-            Err(_) => Err(format!("{name} is not UTF-8: correct or unset it")),
-        }
+        names.into_iter().find_map(|name| {
+            let value = variable(&name)?;
+            (!value.to_str().is_some_and(|text| text.trim().is_empty())).then_some((name, value))
+        })
     };
-    let https = lookup("HTTPS_PROXY")?;
-    let all = lookup("ALL_PROXY")?;
-    for (name, value) in [&https, &all] {
-        check_proxy(name, value)?;
-    }
-    if target.tls_name.is_none() || https.1.is_empty() && all.1.is_empty() {
+    let is_tls = |_: &_| target.tls_name.is_some();
+    let found = lookup("HTTPS_PROXY").or_else(|| lookup("ALL_PROXY"));
+    let Some((name, value)) = found.filter(is_tls) else {
         return Ok(None);
-    }
-    let (no_name, no) = lookup("NO_PROXY")?;
-    let unusable = unusable_entries(&no);
+    };
+    let (no_name, no) = lookup("NO_PROXY").unwrap_or_default();
+    let no = no
+        .into_string()
+        .map_err(|_| format!("{no_name} is not UTF-8: correct or unset it"))?;
+    let (no, unusable) = no_proxy_entries(&no, target.origin.port_u16().unwrap_or(443));
     if !unusable.is_empty() {
         log::line(format_args!(
             "{no_name} has entries that match nothing here: {unusable:?}"
         ));
     }
-    Ok(Matcher::builder()
-        .https(https.1)
-        .all(all.1)
-        .no(no)
-        .build()
-        .intercept(&target.origin))
+    let value = check_proxy(&name, value.to_str().unwrap_or_default().trim());
+    // NO_PROXY decides whether an unusable value matters.
+    let proxy = *value.as_ref().unwrap_or(&"http://unusable.invalid");
+    let matcher = Matcher::builder().https(proxy).no(no.join(",")).build();
+    let proxy = matcher.intercept(&target.origin);
+    proxy.map(|proxy| value.map(|_| proxy)).transpose()
 }
 
 /// Whether the value of a proxy variable is one that this program can follow to the letter.
-fn check_proxy(name: &str, value: &str) -> Result<(), String> {
-    let uri = value.parse::<Uri>();
+fn check_proxy<'a>(name: &str, value: &'a str) -> Result<&'a str, String> {
+    let (before_host, _) = value.rsplit_once('@').unwrap_or_default();
+    let user_info = before_host
+        .split_once("://")
+        .map_or(before_host, |(_, rest)| rest);
+    if user_info.contains(['@', '/', '?', '#']) {
+        return Err(format!(
+            "{name} has a reserved character in the user name or password: percent-encode it, '@' as %40"
+        ));
+    }
     let is_http = |uri: &Uri| uri.scheme_str().is_none_or(|scheme| scheme == "http");
     let has_host = |uri: &Uri| {
         uri.authority()
             .and_then(|authority| usable_port(authority, 80))
             .is_some()
     };
-    match uri {
-        _ if value.is_empty() => Ok(()),
-        Ok(uri) if is_http(&uri) && has_host(&uri) => Ok(()),
+    match value.parse() {
+        Ok(uri) if is_http(&uri) && has_host(&uri) => Ok(value),
         _ => Err(format!(
             "{name} is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
         )),
     }
 }
 
-/// The entries to which hyper-util's matcher doesn't give the meaning that their author had in mind.
-fn unusable_entries(no_proxy: &str) -> Vec<&str> {
+/// The entries of `NO_PROXY` that apply to `port`, as hyper-util's matcher knows them, and those that have no
+/// meaning. `*.host` becomes `.host`, and `host:port` becomes `host` if the port is this one.
+fn no_proxy_entries(value: &str, port: u16) -> (Vec<&str>, Vec<&str>) {
     let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
     let is_network = |(address, prefix): (&str, &str)| {
         let bits = if address.contains(':') { 128 } else { 32 };
         is_address(address) && prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
     };
     let is_in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    let is_unusable = |entry: &&str| {
-        *entry != "*"
-            && !entry.bytes().all(is_in_name)
-            && !is_address(entry)
-            && !entry.split_once('/').is_some_and(is_network)
+    let is_usable = |host: &str| {
+        host == "*"
+            || host.bytes().all(is_in_name)
+            || is_address(host)
+            || host.split_once('/').is_some_and(is_network)
     };
-    no_proxy
-        .split(',')
+    let (mut usable, mut unusable) = (Vec::new(), Vec::new());
+    for entry in value
+        .split([',', ' '])
         .map(str::trim)
-        .filter(is_unusable)
-        .collect()
+        .filter(|entry| !entry.is_empty())
+    {
+        let bare = entry.trim_matches(['[', ']']);
+        let (host, entry_port) = match bare.rsplit_once(':') {
+            Some((host, port)) if !is_usable(bare) => (host.trim_matches(']'), port.parse().ok()),
+            _ => (bare, Some(port)),
+        };
+        let host = host
+            .strip_prefix('*')
+            .filter(|rest| rest.starts_with('.'))
+            .unwrap_or(host);
+        match entry_port {
+            Some(entry_port) if is_usable(host) => {
+                usable.extend((entry_port == port).then_some(host))
+            }
+            _ => unusable.push(entry),
+        }
+    }
+    (usable, unusable)
 }
 
 #[cfg(test)]
@@ -115,15 +136,79 @@ mod tests {
     }
 
     #[test]
-    fn no_proxy_entries_that_match_nothing_are_told_from_others() {
-        let usable = "localhost, *, .x.org,openai.com,::1,10.0.0.1,10.0.0.0/8,fd00::/8,";
-        assert_eq!(unusable_entries(usable), [""; 0]);
-        let unusable = "*.local, 169.254/16, [::1], localhost:8080, 10.0.0.0/33, x/8";
-        let entries: Vec<_> = unusable.split(", ").collect();
-        assert_eq!(unusable_entries(unusable), entries);
-        // Whatever it says, it is no error.
-        let variables = [("ALL_PROXY", "http://p:1"), ("NO_PROXY", unusable)];
-        assert_eq!(proxy(&variables), Ok(Some("http://p:1/".to_owned())));
+    fn splits_no_proxy_into_usable_and_unusable_entries() {
+        let same = "localhost,*,.x.org,openai.com,::1,10.0.0.1,10.0.0.0/8,fd00::/8";
+        let cases = [
+            (same, same, ""),
+            (
+                " a.org ,\tb.org\n,, c.org d.org",
+                "a.org,b.org,c.org,d.org",
+                "",
+            ),
+            ("*.local,*.x.org:443", ".local,.x.org", ""),
+            ("[::1],[::1]:443,[::2]:80", "::1,::1", ""),
+            ("a.org:443,b.org:8080,10.0.0.1:443", "a.org,10.0.0.1", ""),
+            ("x*,*x.org,a.org:,a.org:x", "", "x*,*x.org,a.org:,a.org:x"),
+            (
+                "169.254/16,10.0.0.0/33,x/8",
+                "",
+                "169.254/16,10.0.0.0/33,x/8",
+            ),
+        ];
+        for (value, usable, unusable) in cases {
+            let (found, rest) = no_proxy_entries(value, 443);
+            assert_eq!(found.join(","), usable, "{value:?}");
+            assert_eq!(rest.join(","), unusable, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_variable_that_applies_must_be_usable() {
+        let http = ("https_proxy", "http://p:1");
+        let socks = ("all_proxy", "socks5://secret:1");
+        let found = Ok(Some("http://p:1/".to_owned()));
+        assert_eq!(proxy(&[http, socks]), found);
+        assert_eq!(proxy(&[("HTTPS_PROXY", " http://p:1 \n")]), found);
+        assert_eq!(
+            proxy(&[("HTTPS_PROXY", " \n"), ("ALL_PROXY", "p:1")]),
+            found
+        );
+        for no_proxy in ["*.openai.com", "api.openai.com:443", "*", "x openai.com"] {
+            assert_eq!(
+                proxy(&[socks, ("NO_PROXY", no_proxy)]),
+                Ok(None),
+                "{no_proxy}"
+            );
+        }
+        for no_proxy in ["*.x.org", "api.openai.com:80", "10.0.0.0/33"] {
+            assert_eq!(proxy(&[http, ("NO_PROXY", no_proxy)]), found, "{no_proxy}");
+            proxy(&[socks, ("NO_PROXY", no_proxy)]).expect_err(no_proxy);
+        }
+        let target = Target::parse("http://localhost:1/v1/responses").unwrap();
+        let found = outbound_proxy(&target, |name| {
+            (name == "ALL_PROXY").then(|| socks.1.into())
+        });
+        assert!(found.is_ok_and(|proxy| proxy.is_none()), "without TLS");
+    }
+
+    #[test]
+    fn raw_reserved_characters_in_user_info_suggest_percent_encoding() {
+        for value in [
+            "http://secret@corp.example:pw@p",
+            "secret@corp.example@p:1",
+            "http://me:sec@ret@p",
+            "http://me:12/secret@p",
+            "http://me:12?secret@p",
+            "http://me:12#secret@p",
+        ] {
+            let error = proxy(&[("HTTPS_PROXY", value)]).expect_err(value);
+            assert!(
+                error.contains("%40") && !error.contains("secret"),
+                "{value}: {error}"
+            );
+        }
+        let encoded = proxy(&[("HTTPS_PROXY", "http://me%40corp.example:pw@p:1")]);
+        assert_eq!(encoded, Ok(Some("http://p:1/".to_owned())));
     }
 
     #[test]

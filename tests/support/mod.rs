@@ -68,7 +68,7 @@ pub(crate) fn is_root_for(what: &str) -> bool {
 
 /// This command line, run by a user without privileges: the one who runs the tests or, if that is root, another one.
 /// `None`, with the reason on stderr, where that user cannot execute the program.
-pub(crate) fn unprivileged(what: &str, launch: fn() -> Launch) -> Option<Launch> {
+pub(crate) fn unprivileged(what: &str, launch: impl Fn() -> Launch) -> Option<Launch> {
     const ID: u32 = 54_321;
     if !geteuid().is_root() {
         return Some(launch());

@@ -3,7 +3,7 @@
 use super::http::{Framing, Head, PATIENCE, Wire, is_closed};
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt::Linger};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::{ALL_VERSIONS, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
 use serde_json::{Value, json};
@@ -187,6 +187,8 @@ impl Upstream {
     ) -> Self {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // With the server's own name, OpenSSL would take the server's certificate for a self-signed one.
+        params.distinguished_name.push(DnType::CommonName, "CA");
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let folder = Folder::new();
         fs::write(folder.join("ca.pem"), authority.pem()).unwrap();
