@@ -46,7 +46,7 @@ use crate::cli::Arguments;
 use crate::client::listener;
 use crate::exchange::dump::Dumper;
 use crate::exchange::{Allowed, Proxy};
-use crate::key::Credential;
+use crate::key::{Credential, KeyRule};
 use crate::peer::PeerCheck;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
@@ -123,7 +123,11 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .build_local(LocalOptions::default())
         .map_err(|error| format!("cannot start the event loop: {error}"))?;
 
-    let credential = Credential::from_stdin()?;
+    let rule = match target.tls_name.as_deref() {
+        Some("api.openai.com") => KeyRule::OpenAi,
+        _ => KeyRule::BearerToken,
+    };
+    let credential = Credential::from_stdin(rule)?;
     for name in credential.scrub_environment() {
         log::line(format_args!(
             "the key was also in this process's variable {name}: start it with `env -u {name}`"

@@ -32,6 +32,10 @@ fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
         (KEY, "\n \0\n"),
         ("aZ09-_", "\n"),
         (&longest, "\r\n"),
+        // Other providers' keys.
+        ("QUJD/+RA==", "\r\n"),
+        ("id:name|eyJh.e30.c2ln~1", " \n"),
+        (&"t".repeat(4072), "\r\n"),
     ] {
         let proxy = Launch::to(&upstream).input(format!("{key}{end}")).start();
         assert_eq!(key_of(&proxy, &upstream), key, "{end:?}");
@@ -67,7 +71,8 @@ fn an_input_that_is_no_key_is_one_clear_sentence_that_does_not_repeat_it() {
     for input in [
         b"".as_slice(),
         b"Bearer sk-SeCrEt\n",
-        b"\xef\xbb\xbfsk-SeCrEt\n",
+        b"sk-\xef\xbb\xbfSeCrEt\n",
+        b"SeCrEt.SeCrEt==\n",
         b"sk-SeCrEt\xff\n",
         too_long.as_bytes(),
         endless.as_bytes(),

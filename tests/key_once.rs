@@ -183,11 +183,15 @@ fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
     if !is_root_for("reading all of the proxy's memory") {
         return;
     }
-    for length in [20, 100, 132, 300, 520, 1000, 1017] {
+    for length in [20, 100, 132, 300, 520, 1000, 1017, 3000, 4072] {
         // No two lengths have the same parts, and no part comes twice.
         let letter = |n| char::from(b'a' + (n * n % 251 % 26) as u8);
         let key: String = (0..length).map(letter).collect();
-        let launch = Launch::new().input(&*key).env("OPENAI_API_KEY", &key);
+        // With blanks before it, it is moved within its page.
+        let launch = Launch::new().input(format!(" {key}"));
+        let launch = launch
+            .url("https://localhost:9/")
+            .env("OPENAI_API_KEY", &key);
         let proxy = launch.env("ANOTHER", format!("{key}{key}")).start();
         proxy.freeze();
         let places = Memory::read(&proxy).find(key.as_bytes()).len();

@@ -184,7 +184,8 @@ impl Proxy {
         let connector = upstream::Connector::new(&target, None, None).unwrap();
         let mut key: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| std::io::Read::read(&mut key, buffer);
-        let credential = crate::key::Credential::read(read).unwrap();
+        let rule = crate::key::KeyRule::OpenAi;
+        let credential = crate::key::Credential::read(rule, read).unwrap();
         Rc::new(Self {
             upstream: Rc::new(Upstream::new(target, connector, credential)),
             allowed: Allowed::default(),

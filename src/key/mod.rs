@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, stdin};
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
@@ -22,11 +23,41 @@ use self::prompt::EchoOff;
 /// What stands before the key in its header line (RFC 6750, section 2.1).
 const PREFIX: &[u8] = b"authorization: Bearer ";
 
-/// The longest header value, `Bearer ` included, in bytes. OpenAI's proxy has the same bound.
-pub const MAX_CREDENTIAL: usize = 1024;
+/// The byte order mark that some editors put in front of UTF-8 text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The longest key, in bytes.
-const MAX_KEY: usize = MAX_CREDENTIAL - b"Bearer ".len();
+/// Which keys are accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyRule {
+    /// OpenAI's: letters, digits, `-` and `_`.
+    OpenAi,
+    /// Bearer tokens (RFC 6750, section 2.1, `b68token`), and `:` and `|`, which some gateways use.
+    BearerToken,
+}
+
+impl KeyRule {
+    /// The longest key, in bytes. OpenAI's proxy has the same limit for OpenAI's: 1,024 with `Bearer `. Others
+    /// fit the page with their header name and CR LF.
+    #[must_use]
+    pub const fn max_length(self) -> usize {
+        match self {
+            Self::OpenAi => 1024 - b"Bearer ".len(),
+            Self::BearerToken => page::BYTES - PREFIX.len() - b"\r\n".len(),
+        }
+    }
+
+    fn allows(self, key: &[u8]) -> bool {
+        let (key, others) = match self {
+            Self::OpenAi => (key, b"-_".as_slice()),
+            Self::BearerToken => {
+                let padding = key.iter().rev().take_while(|&&byte| byte == b'=').count();
+                (&key[..key.len() - padding], b"-._~+/:|".as_slice())
+            }
+        };
+        let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || others.contains(byte);
+        !key.is_empty() && key.iter().all(is_allowed)
+    }
+}
 
 /// The header line `authorization: Bearer KEY`, its CR LF included.
 ///
@@ -40,21 +71,23 @@ impl Credential {
     /// Reads the key from stdin and puts `/dev/null` in its place, since a file on stdin is a handle
     /// that could be rewound.
     ///
-    /// Reads to the first newline or to the end of the input; CR and LF at its end don't count. The
-    /// key must match `[A-Za-z0-9_-]+`. On a terminal it is asked for with echo off.
+    /// Reads to the first newline or to the end of the input; a byte order mark and white space around the key
+    /// don't count. On a terminal it is asked for with echo off.
     ///
     /// # Errors
     ///
     /// A sentence that says what is wrong and what to do, and repeats nothing of what was read.
-    pub fn from_stdin() -> Result<Self, String> {
+    pub fn from_stdin(rule: KeyRule) -> Result<Self, String> {
         let echo_off = EchoOff::and_ask().map_err(|error| {
             format!("cannot turn the terminal's echo off: {error}; pipe the key in instead")
         })?;
         let mut has_read = false;
-        let credential = Self::read(|buffer| match std::mem::replace(&mut has_read, true) {
-            // A terminal gives one line a read, whichever key ended it.
-            true if echo_off.is_some() => Ok(0),
-            _ => read_stdin(buffer),
+        let credential = Self::read(rule, |buffer| {
+            match std::mem::replace(&mut has_read, true) {
+                // A terminal gives one line a read, whichever key ended it.
+                true if echo_off.is_some() => Ok(0),
+                _ => read_stdin(buffer),
+            }
         })?;
         drop(echo_off);
         File::open("/dev/null")
@@ -69,24 +102,29 @@ impl Credential {
     /// # Errors
     ///
     /// As [`Credential::from_stdin`]. The page is wiped first.
-    pub fn read(mut read: impl FnMut(&mut [u8]) -> io::Result<usize>) -> Result<Self, String> {
+    pub fn read(
+        rule: KeyRule,
+        mut read: impl FnMut(&mut [u8]) -> io::Result<usize>,
+    ) -> Result<Self, String> {
         let (page, length) = Page::filled(|page| {
-            let (prefix, rest) = page.split_at_mut(PREFIX.len());
+            let (prefix, input) = page.split_at_mut(PREFIX.len());
             prefix.copy_from_slice(PREFIX);
-            // The longest key and a CR LF behind it.
-            let input = &mut rest[..MAX_KEY + 2];
             let mut filled = 0;
-            while filled < input.len() && !input[..filled].contains(&b'\n') {
+            let mut line_end = None;
+            while line_end.is_none() && filled < input.len() {
                 match read(&mut input[filled..]) {
                     Ok(0) => break,
                     Ok(count) => filled += count,
                     Err(error) => return Err(format!("cannot read the key from stdin: {error}")),
                 }
+                line_end = input[..filled].iter().position(|&byte| byte == b'\n');
             }
-            let line = input[..filled].split(|&byte| byte == b'\n').next();
-            let end = key_length(line.unwrap_or_default())?;
-            rest[end..].zeroize();
-            rest[end..end + 2].copy_from_slice(b"\r\n");
+            let is_cut = line_end.is_none() && filled == input.len();
+            let key = find_key(rule, &input[..line_end.unwrap_or(filled)], is_cut)?;
+            let end = key.len();
+            input.copy_within(key, 0);
+            input[end..].zeroize();
+            input[end..end + 2].copy_from_slice(b"\r\n");
             Ok(PREFIX.len() + end + 2)
         })?;
         Ok(Self { page, length })
@@ -140,46 +178,57 @@ fn read_stdin(buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// How much of `line` is the key: all but the CRs at its end.
-fn key_length(line: &[u8]) -> Result<usize, String> {
-    let end = line.iter().rposition(|&byte| byte != b'\r');
-    let key = &line[..end.map_or(0, |last| last + 1)];
+/// The range of `line` that is the key. If the line is cut off, it is longer than the page.
+fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, String> {
+    let text = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
+    let start = line.len() - text.trim_ascii_start().len();
+    let key = text.trim_ascii();
     if key.is_empty() {
         return Err("no key on stdin: pipe one in, as in `printenv OPENAI_API_KEY | codex-responses-api-proxy`".into());
     }
-    if key.len() > MAX_KEY {
+    let max = rule.max_length();
+    if is_cut || key.len() > max {
         return Err(format!(
-            "the key on stdin is longer than {MAX_KEY} bytes: check that it is only the key that is piped in"
+            "the key on stdin is longer than {max} bytes: check that it is only the key that is piped in"
         ));
     }
     let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
     if let Some(equals) = key.iter().position(|&byte| byte == b'=')
         && key[..equals].iter().all(is_word)
+        // Not the padding of base64.
+        && key[equals..].iter().any(|&byte| byte != b'=')
     {
         return Err(
             "what is on stdin looks like NAME=value: give the bare key, without a name before it"
                 .into(),
         );
     }
-    if !key.iter().all(|byte| is_word(byte) || *byte == b'-') {
-        return Err(
-            "the key on stdin has a character other than ASCII letters, digits, '-' and '_': \
-                    check that it is only the key that is piped in, without quotes or spaces"
-                .into(),
-        );
+    if !rule.allows(key) {
+        let allowed = match rule {
+            KeyRule::OpenAi => {
+                "ASCII letters, digits, '-' and '_' (other providers' keys need --upstream-url)"
+            }
+            KeyRule::BearerToken => "ASCII letters, digits, -._~+/:| and '=' at its end",
+        };
+        return Err(format!(
+            "the key on stdin has a character other than {allowed}: \
+             check that it is only the key that is piped in, without quotes or spaces"
+        ));
     }
-    Ok(key.len())
+    Ok(start..start + key.len())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    use KeyRule::{BearerToken, OpenAi};
+
     /// Gives `pieces` one a call, then the end.
-    fn read_pieces(pieces: &[&[u8]]) -> Result<Credential, String> {
-        let mut pieces = pieces.iter().flat_map(|piece| piece.chunks(MAX_KEY + 2));
+    fn read_pieces(rule: KeyRule, pieces: &[&[u8]]) -> Result<Credential, String> {
+        let mut pieces = pieces.iter().copied();
         let mut rest: &[u8] = &[];
-        Credential::read(move |buffer| {
+        Credential::read(rule, move |buffer| {
             if rest.is_empty() {
                 rest = pieces.next().unwrap_or_default();
             }
@@ -191,23 +240,85 @@ mod tests {
     }
 
     #[test]
-    fn accepts_a_key_however_it_comes() {
-        let longest = vec![b'k'; MAX_KEY];
+    fn accepts_keys_however_they_arrive() {
+        const TOKEN: &[u8] = b"eyJhbGciOiJSUzI1NiJ9.e30.c2ln-_~";
+        let longest = vec![b'k'; OpenAi.max_length()];
         let longest_line = [&longest[..], b"\r\n"].concat();
-        type Case<'a> = (&'a str, &'a [&'a [u8]], &'a [u8]);
-        let cases: [Case<'_>; 9] = [
-            ("plain", &[b"sk-abc_1"], b"sk-abc_1"),
-            ("newline", &[b"sk-abc\n"], b"sk-abc"),
-            ("CR LF", &[b"sk-abc\r\n"], b"sk-abc"),
-            ("several CRs", &[b"sk-abc\r\r\n"], b"sk-abc"),
-            ("short reads", &[b"s", b"k-", b"abc", b"\n"], b"sk-abc"),
-            ("CR and LF apart", &[b"sk-abc\r", b"\n"], b"sk-abc"),
-            ("a first line only", &[b"sk-abc\nanother\n"], b"sk-abc"),
-            ("the longest", &[&longest], &longest),
-            ("the longest with CR LF", &[&longest_line], &longest),
+        let longest_token = vec![b'k'; 4072];
+        let longest_token_line = [&longest_token[..], b"\r\n"].concat();
+        type Case<'a> = (&'a str, KeyRule, &'a [&'a [u8]], &'a [u8]);
+        let cases: [Case<'_>; 22] = [
+            ("plain", OpenAi, &[b"sk-abc_1"], b"sk-abc_1"),
+            ("newline", OpenAi, &[b"sk-abc\n"], b"sk-abc"),
+            ("CR LF", OpenAi, &[b"sk-abc\r\n"], b"sk-abc"),
+            ("several CRs", OpenAi, &[b"sk-abc\r\r\n"], b"sk-abc"),
+            (
+                "short reads",
+                OpenAi,
+                &[b"s", b"k-", b"abc", b"\n"],
+                b"sk-abc",
+            ),
+            ("CR and LF apart", OpenAi, &[b"sk-abc\r", b"\n"], b"sk-abc"),
+            (
+                "a first line only",
+                OpenAi,
+                &[b"sk-abc\nanother\n"],
+                b"sk-abc",
+            ),
+            ("blanks around", OpenAi, &[b" \t sk-abc \t\r\n"], b"sk-abc"),
+            (
+                "byte order mark",
+                OpenAi,
+                &[b"\xef\xbb\xbfsk-abc\r\n"],
+                b"sk-abc",
+            ),
+            (
+                "mark, blank",
+                OpenAi,
+                &[b"\xef", b"\xbb\xbf sk-abc"],
+                b"sk-abc",
+            ),
+            ("the longest", OpenAi, &[&longest], &longest),
+            ("the longest with CR LF", OpenAi, &[&longest_line], &longest),
+            (
+                "blanks, longest",
+                OpenAi,
+                &[b"   ", &longest_line],
+                &longest,
+            ),
+            ("JWT", BearerToken, &[TOKEN, b"\n"], TOKEN),
+            ("base64", BearerToken, &[b"QUJD/+RA==\n"], b"QUJD/+RA=="),
+            ("one padding", BearerToken, &[b"abc=\n"], b"abc="),
+            (
+                "words, padding",
+                BearerToken,
+                &[b"ABSK_abc=="],
+                b"ABSK_abc==",
+            ),
+            (
+                "gateway",
+                BearerToken,
+                &[b"id:name|secret~1"],
+                b"id:name|secret~1",
+            ),
+            ("OpenAI's", BearerToken, &[b"sk-abc_1\n"], b"sk-abc_1"),
+            (
+                "longest token",
+                BearerToken,
+                &[&longest_token],
+                &longest_token,
+            ),
+            (
+                "with CR LF",
+                BearerToken,
+                &[&longest_token_line],
+                &longest_token,
+            ),
+            ("in bytes", BearerToken, &[b" ", b"a", b"=", b"\n"], b"a="),
         ];
-        for (name, pieces, key) in cases {
-            let credential = read_pieces(pieces).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (name, rule, pieces, key) in cases {
+            let credential =
+                read_pieces(rule, pieces).unwrap_or_else(|error| panic!("{name}: {error}"));
             let line = [b"authorization: Bearer ", key, b"\r\n"].concat();
             assert_eq!(credential.header_line(), line, "{name}");
             assert!(
@@ -220,28 +331,69 @@ mod tests {
     }
 
     #[test]
-    fn refuses_anything_else_without_repeating_it() {
-        let too_long = vec![b'k'; MAX_KEY + 1];
-        let cases: [(&str, &[u8], &str); 12] = [
-            ("a name", b"OPENAI_API_KEY=sk-secret\n", "NAME=value"),
-            ("a name in quotes", b"KEY=\"sk-secret\"\n", "NAME=value"),
-            ("an interrupt", b"sk-secret\x03", "a character other than"),
-            ("nothing", b"", "no key on stdin"),
-            ("a blank line first", b"\nsk-secret", "no key on stdin"),
-            ("CRs only", b"\r\r\n", "no key on stdin"),
-            ("a space", b"sk secret\n", "a character other than"),
-            ("quotes", b"\"sk-secret\"", "a character other than"),
-            ("NUL", b"sk-sec\0ret", "a character other than"),
+    fn rejects_other_input_without_repeating_it() {
+        const CHARACTER: &str = "a character other than";
+        let too_long = vec![b'k'; OpenAi.max_length() + 1];
+        let token_too_long = vec![b'k'; 4073];
+        // What follows the blanks is not read.
+        let cut = [b"sk-secret".as_slice(), &[b' '; 5000], b"x"].concat();
+        let cases: [(&str, KeyRule, &[u8], &str); 23] = [
             (
-                "not ASCII",
-                "sk-sécret".as_bytes(),
-                "a character other than",
+                "a name",
+                OpenAi,
+                b"OPENAI_API_KEY=sk-secret\n",
+                "NAME=value",
             ),
-            ("CR inside", b"sk\rsecret", "a character other than"),
-            ("too long", &too_long, "longer than 1017 bytes"),
+            (
+                "a name in quotes",
+                OpenAi,
+                b"KEY=\"sk-secret\"\n",
+                "NAME=value",
+            ),
+            ("an interrupt", OpenAi, b"sk-secret\x03", CHARACTER),
+            ("nothing", OpenAi, b"", "no key on stdin"),
+            (
+                "a blank line first",
+                OpenAi,
+                b"\nsk-secret",
+                "no key on stdin",
+            ),
+            ("CRs only", OpenAi, b"\r\r\n", "no key on stdin"),
+            ("blanks only", OpenAi, b" \t\n", "no key on stdin"),
+            (
+                "a mark only",
+                BearerToken,
+                b"\xef\xbb\xbf\n",
+                "no key on stdin",
+            ),
+            ("a space", OpenAi, b"sk secret\n", CHARACTER),
+            ("quotes", OpenAi, b"\"sk-secret\"", CHARACTER),
+            ("NUL", OpenAi, b"sk-sec\0ret", CHARACTER),
+            ("not ASCII", OpenAi, "sk-s\u{e9}cret".as_bytes(), CHARACTER),
+            ("CR inside", OpenAi, b"sk\rsecret", CHARACTER),
+            ("mark inside", OpenAi, b" \xef\xbb\xbfsk-secret", CHARACTER),
+            ("padding", OpenAi, b"secret==", "--upstream-url"),
+            ("a dot", OpenAi, b"secret.x", "--upstream-url"),
+            ("too long", OpenAi, &too_long, "longer than 1017 bytes"),
+            ("cut off", OpenAi, &cut, "longer than 1017 bytes"),
+            ("a space", BearerToken, b"Bearer secret", CHARACTER),
+            ("only padding", BearerToken, b"==\n", CHARACTER),
+            (
+                "a named token",
+                BearerToken,
+                b"KEY=secret==\n",
+                "NAME=value",
+            ),
+            ("padding inside", BearerToken, b"sec-ret=x", CHARACTER),
+            (
+                "long token",
+                BearerToken,
+                &token_too_long,
+                "longer than 4072",
+            ),
         ];
-        for (name, input, expected) in cases {
-            let error = read_pieces(&[input])
+        for (name, rule, input, expected) in cases {
+            let error = read_pieces(rule, &[input])
                 .err()
                 .unwrap_or_else(|| panic!("{name}: accepted"));
             assert!(error.contains(expected), "{name}: {error}");
@@ -254,7 +406,7 @@ mod tests {
 
     #[test]
     fn debug_shows_nothing() {
-        let credential = read_pieces(&[b"sk-secret"]).unwrap();
+        let credential = read_pieces(OpenAi, &[b"sk-secret"]).unwrap();
         assert_eq!(format!("{credential:?}"), "Credential(..)");
     }
 }

@@ -6,7 +6,7 @@ use memmap2::{Mmap, MmapMut};
 use zeroize::Zeroize;
 
 /// How much is mapped, in bytes; the kernel rounds it up to a whole page.
-const BYTES: usize = 4096;
+pub(super) const BYTES: usize = 4096;
 
 /// A read-only page. Dropping it wipes it.
 pub(super) struct Page(Option<Mmap>);

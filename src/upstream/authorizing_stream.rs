@@ -203,7 +203,8 @@ mod tests {
 
     fn opening() -> Rc<Opening> {
         let mut input: &[u8] = b"sk-key\n";
-        let credential = Credential::read(|buffer| io::Read::read(&mut input, buffer)).unwrap();
+        let read = |buffer: &mut [u8]| io::Read::read(&mut input, buffer);
+        let credential = Credential::read(crate::key::KeyRule::OpenAi, read).unwrap();
         Rc::new(Opening::new("/v1", credential))
     }
 
