@@ -151,6 +151,8 @@ fn sockets_for_another_process_are_not_taken_and_a_notice_that_nobody_takes_is_o
         let launch = launch.env("NOTIFY_SOCKET", &nobody);
         let mut proxy = launch.env("LISTEN_FDS", count).start();
         proxy.wait_for_line(|line| line.contains("systemd"));
+        let lines = proxy.log.iter().filter(|line| line.contains("LISTEN_FDS"));
+        assert_eq!(lines.count(), usize::from(count == "1"), "{count}");
         assert_eq!(proxy.ask().status(), 200, "{count}");
     }
 }

@@ -33,7 +33,7 @@ fn check_with<R: Into<Vec<u8>>>(
 ) {
     let upstream = Upstream::start(ok);
     let mut proxy = Launch::to(&upstream).args(args).start();
-    let mut served = 0;
+    let (mut sent, mut served) = (0, 0);
     let mut wrong = Vec::new();
     for request in requests {
         let request = request.into();
@@ -67,12 +67,16 @@ fn check_with<R: Into<Vec<u8>>>(
         let more = more.unwrap_or_else(|error| panic!("{name}: not closed: {error}"));
         let more = String::from_utf8_lossy(&more);
         assert!(!more.contains("HTTP/1."), "{name}: a second answer: {more}");
+        sent += 1;
         served += usize::from(expected == Served);
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     // What works shows that the others were not merely lost.
     assert_eq!(proxy.ask().status(), 200);
-    proxy.stop();
+    let is_outcome = |line: &&String| line.starts_with("request ") || line.starts_with("refused ");
+    let log = proxy.stop().stderr;
+    let lines = log.iter().filter(is_outcome).count();
+    assert_eq!(lines, sent + 1, "one line each: {log:#?}");
     let mut complete = upstream.close();
     complete.retain(|seen| seen.complete);
     assert_eq!(complete.len(), served + 1, "got through: {complete:#?}");
@@ -355,6 +359,34 @@ fn heads_that_are_no_http() {
         b"POST /v1/responses HTTP/1.1\r\n Host: localhost\r\n\r\n",
     ];
     check(Malformed, others);
+}
+
+#[test]
+fn rejection_by_the_http_parser_is_one_log_line_with_reason() {
+    let mut proxy = Launch::new().start();
+    let large = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(70_000));
+    for (request, status) in [
+        ("what is this\r\n\r\n", 400),
+        ("GET / HTTP/9.9\r\n\r\n", 400),
+        ("\x16\x03\x01\x02\0\x01\0\x01\x7c\x03\x03", 400),
+        (&large, 431),
+    ] {
+        let mut client = proxy.client();
+        let _ = client.send(request);
+        assert_eq!(client.response().unwrap().status(), status);
+        let status = format!(" status={status} reason=\"");
+        proxy.wait_for_request("refused uid=- ", &[&status]);
+    }
+    // Clients that leave in the middle of a head or without one are not rejected.
+    for request in ["GET / HT", ""] {
+        let mut client = proxy.client();
+        client.send(request).unwrap();
+        client.finish_sending();
+        assert_eq!(client.until_closed().unwrap(), b"");
+    }
+    let log = proxy.stop().stderr;
+    let refused = log.iter().filter(|line| line.starts_with("refused "));
+    assert_eq!(refused.count(), 4, "{log:#?}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ use crate::exchange::{ConnectionState, Peer, Proxy};
 use crate::flush::FlushNoting;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 use crate::sock_diag::SockDiag;
+use crate::log;
 
 /// How long a head may take to come, and how long a connection may be idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -90,6 +91,16 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, proxy: Rc<Proxy>) {
     if let (Some(tunnel), Ok(())) = (state.take_tunnel(), &outcome) {
         // Boxed, so that only tunnels have its memory.
         return Box::pin(tunnel.run(stream, early, &proxy.stop)).await;
+    }
+    if let Err(error) = &outcome
+        && error.is_parse()
+    {
+        // hyper has replied, or for HTTP/2 just given up.
+        let status = if error.is_parse_too_large() { 431 } else { 400 };
+        let (uid, reason) = (log::uid(peer.uid), error.to_string());
+        log::line(format_args!(
+            "refused uid={uid} status={status} reason={reason:?}"
+        ));
     }
     let is_complete = state.is_request_complete();
     match close_mode(Outcome::of(&outcome), state.version(), is_complete) {

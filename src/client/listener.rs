@@ -56,6 +56,12 @@ pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
     let unusable =
         |error: io::Error| format!("the sockets handed over in LISTEN_FDS can't be used: {error}");
     let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
+    let count = std::env::var_os("LISTEN_FDS").unwrap_or_default();
+    if inherited.len() == 0 && !count.is_empty() && count != "0" {
+        log::line(format_args!(
+            "LISTEN_FDS is set, but not for this process (LISTEN_PID): its sockets are not used; in a shell, start the proxy with exec"
+        ));
+    }
     match (inherited.len(), inherited.next(), port) {
         (0, ..) => bind(port.unwrap_or(0)),
         (1, Some(fd), None) => adopt(fd).map_err(unusable),
