@@ -16,7 +16,7 @@ pub struct Arguments {
     #[arg(long)]
     pub port: Option<u16>,
 
-    /// File to write {"port":…,"pid":…} to once listening, one line of JSON
+    /// File to write {"port":…,"pid":…} to once listening, one line of JSON; removed when shutdown starts
     #[arg(long, value_name = "FILE")]
     pub server_info: Option<PathBuf>,
 
@@ -32,7 +32,8 @@ pub struct Arguments {
     )]
     pub upstream_url: String,
 
-    /// PEM file with certificates to trust for the upstream beside the built-in roots
+    /// PEM file with certificates to trust for the upstream in addition to the built-in roots; else
+    /// CODEX_CA_CERTIFICATE, else SSL_CERT_FILE
     #[arg(long, value_name = "FILE")]
     pub upstream_ca: Option<PathBuf>,
 

@@ -50,7 +50,7 @@ use crate::key::{Credential, KeyRule};
 use crate::peer::PeerCheck;
 use crate::stop::Stop;
 use crate::upstream::target::Target;
-use crate::upstream::{CaFile, Connector, Upstream, outbound_proxy};
+use crate::upstream::{Connector, Upstream, outbound_proxy};
 
 /// The status for a command line that can't be understood, as with clap's own.
 const BAD_USAGE: u8 = 2;
@@ -95,7 +95,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let target = Target::parse(&arguments.upstream_url)?;
     let variable = |name: &str| std::env::var_os(name);
     let proxy = outbound_proxy::outbound_proxy(&target, variable)?;
-    let ca_file = CaFile::find(arguments.upstream_ca.clone(), variable);
+    let ca_file = upstream::ca_file(arguments.upstream_ca.as_deref(), variable);
     let mut connector = Connector::new(&target, proxy, ca_file)?;
     let limit = listener::connection_limit();
     let listener = listener::open(arguments.port)?;
@@ -124,8 +124,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .map_err(|error| format!("cannot start the event loop: {error}"))?;
 
     let rule = match target.tls_name.as_deref() {
-        Some("api.openai.com") => KeyRule::OpenAi,
-        _ => KeyRule::BearerToken,
+        Some("api.openai.com") => KeyRule::OPENAI,
+        _ => KeyRule::BEARER_TOKEN,
     };
     let credential = Credential::from_stdin(rule)?;
     for name in credential.scrub_environment() {
@@ -191,11 +191,10 @@ fn owner_check(
 
 /// The first SIGTERM, SIGINT, SIGHUP or SIGQUIT begins the end; the second is the end.
 fn stop_on_signals(stop: &Stop) -> std::io::Result<()> {
-    let always = [SignalKind::terminate(), SignalKind::interrupt()];
+    let kinds = [SignalKind::terminate(), SignalKind::interrupt()].into_iter();
     // nohup(1) and shells ignore these two for programs that outlive the terminal.
-    let mut unless_ignored = vec![SignalKind::hangup(), SignalKind::quit()];
-    unless_ignored.retain(|kind| !is_ignored(*kind));
-    for kind in always.into_iter().chain(unless_ignored) {
+    let terminal = [SignalKind::hangup(), SignalKind::quit()].into_iter();
+    for kind in kinds.chain(terminal.filter(|kind| !is_ignored(*kind))) {
         let mut signals = signal(kind)?;
         let stop = stop.clone();
         tokio::task::spawn_local(async move {

@@ -81,21 +81,16 @@ pub struct ServerInfo {
     content: String,
 }
 
-impl ServerInfo {
-    /// Whether `path` still names our file.
-    fn is_in_place(&self) -> io::Result<bool> {
-        let (ours, there) = (self.file.metadata()?, fs::symlink_metadata(&self.path)?);
-        Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
-    }
-}
-
 impl Drop for ServerInfo {
     fn drop(&mut self) {
         // One byte more, to notice what others have appended.
         let mut content = vec![0; self.content.len() + 1];
         let length = self.file.read_at(&mut content, 0).unwrap_or(0);
         let unchanged = content[..length] == *self.content.as_bytes();
-        let in_place = self.is_in_place().unwrap_or(false);
+        // Whether `path` still names our file.
+        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let in_place = fs::symlink_metadata(&self.path).map(inode).ok()
+            == self.file.metadata().map(inode).ok();
         if unchanged && !(in_place && fs::remove_file(&self.path).is_ok()) {
             let _ = self.file.set_len(0);
         }

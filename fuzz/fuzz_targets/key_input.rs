@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (bool, Vec<u8>, Vec<u8>)| {
     let (is_openai, bytes, sizes) = input;
-    let rule = if is_openai { KeyRule::OpenAi } else { KeyRule::BearerToken };
+    let rule = if is_openai { KeyRule::OPENAI } else { KeyRule::BEARER_TOKEN };
     let mut rest = &bytes[..];
     let mut sizes = sizes.iter().map(|&size| usize::from(size).max(1)).chain(std::iter::repeat(usize::MAX));
     let outcome = Credential::read(rule, |buffer| {
@@ -21,10 +21,10 @@ fuzz_target!(|input: (bool, Vec<u8>, Vec<u8>)| {
     let padding = key.iter().rev().take_while(|&&byte| byte == b'=' && !is_openai).count();
     let others = if is_openai { b"-_".as_slice() } else { b"-._~+/:|" };
     let is_key = key.len() > padding
-        && key.len() <= rule.max_length()
+        && key.len() <= rule.max_length
         && key[..key.len() - padding].iter().all(|byte| byte.is_ascii_alphanumeric() || others.contains(byte));
     // White space counts, too, up to where the page ends.
-    let is_within = line.len() <= KeyRule::BearerToken.max_length() + 1;
+    let is_within = line.len() <= KeyRule::BEARER_TOKEN.max_length + 1;
     match outcome {
         Ok(credential) => {
             assert!(is_key);

@@ -184,7 +184,7 @@ impl Proxy {
         let connector = upstream::Connector::new(&target, None, None).unwrap();
         let mut key: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| std::io::Read::read(&mut key, buffer);
-        let rule = crate::key::KeyRule::OpenAi;
+        let rule = crate::key::KeyRule::OPENAI;
         let credential = crate::key::Credential::read(rule, read).unwrap();
         Rc::new(Self {
             upstream: Rc::new(Upstream::new(target, connector, credential)),

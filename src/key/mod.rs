@@ -26,36 +26,35 @@ const PREFIX: &[u8] = b"authorization: Bearer ";
 /// The byte order mark that some editors put in front of UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Which keys are accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyRule {
-    /// OpenAI's: letters, digits, `-` and `_`.
-    OpenAi,
-    /// Bearer tokens (RFC 6750, section 2.1, `b68token`), and `:` and `|`, which some gateways use.
-    BearerToken,
+/// Which keys are accepted: ASCII letters and digits, and what is named here.
+#[derive(Clone, Copy)]
+pub struct KeyRule {
+    /// The longest key, in bytes.
+    pub max_length: usize,
+    /// Other characters.
+    others: &'static str,
+    /// Whether `=` may follow, as in base64.
+    may_be_padded: bool,
 }
 
 impl KeyRule {
-    /// The longest key, in bytes. OpenAI's proxy has the same limit for OpenAI's: 1,024 with `Bearer `. Others
-    /// fit the page with their header name and CR LF.
-    #[must_use]
-    pub const fn max_length(self) -> usize {
-        match self {
-            Self::OpenAi => 1024 - b"Bearer ".len(),
-            Self::BearerToken => page::BYTES - PREFIX.len() - b"\r\n".len(),
-        }
-    }
+    /// OpenAI's keys. OpenAI's proxy has the same limit, 1,024 bytes with `Bearer `.
+    pub const OPENAI: Self = Self {
+        max_length: 1024 - b"Bearer ".len(),
+        others: "-_",
+        may_be_padded: false,
+    };
 
-    fn allows(self, key: &[u8]) -> bool {
-        let (key, others) = match self {
-            Self::OpenAi => (key, b"-_".as_slice()),
-            Self::BearerToken => {
-                let padding = key.iter().rev().take_while(|&&byte| byte == b'=').count();
-                (&key[..key.len() - padding], b"-._~+/:|".as_slice())
-            }
-        };
-        let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || others.contains(byte);
-        !key.is_empty() && key.iter().all(is_allowed)
+    /// Bearer tokens (RFC 6750, section 2.1, `b68token`) that fit the page with header name and CR LF. Some gateways
+    /// also use `:` and `|`.
+    pub const BEARER_TOKEN: Self = Self {
+        max_length: page::BYTES - PREFIX.len() - b"\r\n".len(),
+        others: "-._~+/:|",
+        may_be_padded: true,
+    };
+
+    fn allows(&self, byte: u8) -> bool {
+        byte.is_ascii_alphanumeric() || self.others.as_bytes().contains(&byte)
     }
 }
 
@@ -186,7 +185,7 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
     if key.is_empty() {
         return Err("no key on stdin: pipe one in, as in `printenv OPENAI_API_KEY | codex-responses-api-proxy`".into());
     }
-    let max = rule.max_length();
+    let max = rule.max_length;
     if is_cut || key.len() > max {
         return Err(format!(
             "the key on stdin is longer than {max} bytes: check that it is only the key that is piped in"
@@ -203,16 +202,14 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
                 .into(),
         );
     }
-    if !rule.allows(key) {
-        let allowed = match rule {
-            KeyRule::OpenAi => {
-                "ASCII letters, digits, '-' and '_' (other providers' keys need --upstream-url)"
-            }
-            KeyRule::BearerToken => "ASCII letters, digits, -._~+/:| and '=' at its end",
-        };
+    let is_padding = |byte: &u8| *byte == b'=' && rule.may_be_padded;
+    let unpadded = key.iter().rposition(|byte| !is_padding(byte));
+    let unpadded = &key[..=unpadded.unwrap_or(0)];
+    if !unpadded.iter().all(|&byte| rule.allows(byte)) {
         return Err(format!(
-            "the key on stdin has a character other than {allowed}: \
-             check that it is only the key that is piped in, without quotes or spaces"
+            "the key on stdin has a character other than ASCII letters, digits and {}: check that it is \
+             only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's",
+            rule.others
         ));
     }
     Ok(start..start + key.len())
@@ -222,7 +219,8 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
 mod tests {
     use super::*;
 
-    use KeyRule::{BearerToken, OpenAi};
+    const OPENAI: KeyRule = KeyRule::OPENAI;
+    const TOKEN_RULE: KeyRule = KeyRule::BEARER_TOKEN;
 
     /// Gives `pieces` one a call, then the end.
     fn read_pieces(rule: KeyRule, pieces: &[&[u8]]) -> Result<Credential, String> {
@@ -242,79 +240,79 @@ mod tests {
     #[test]
     fn accepts_keys_however_they_arrive() {
         const TOKEN: &[u8] = b"eyJhbGciOiJSUzI1NiJ9.e30.c2ln-_~";
-        let longest = vec![b'k'; OpenAi.max_length()];
+        let longest = vec![b'k'; OPENAI.max_length];
         let longest_line = [&longest[..], b"\r\n"].concat();
         let longest_token = vec![b'k'; 4072];
         let longest_token_line = [&longest_token[..], b"\r\n"].concat();
         type Case<'a> = (&'a str, KeyRule, &'a [&'a [u8]], &'a [u8]);
         let cases: [Case<'_>; 22] = [
-            ("plain", OpenAi, &[b"sk-abc_1"], b"sk-abc_1"),
-            ("newline", OpenAi, &[b"sk-abc\n"], b"sk-abc"),
-            ("CR LF", OpenAi, &[b"sk-abc\r\n"], b"sk-abc"),
-            ("several CRs", OpenAi, &[b"sk-abc\r\r\n"], b"sk-abc"),
+            ("plain", OPENAI, &[b"sk-abc_1"], b"sk-abc_1"),
+            ("newline", OPENAI, &[b"sk-abc\n"], b"sk-abc"),
+            ("CR LF", OPENAI, &[b"sk-abc\r\n"], b"sk-abc"),
+            ("several CRs", OPENAI, &[b"sk-abc\r\r\n"], b"sk-abc"),
             (
                 "short reads",
-                OpenAi,
+                OPENAI,
                 &[b"s", b"k-", b"abc", b"\n"],
                 b"sk-abc",
             ),
-            ("CR and LF apart", OpenAi, &[b"sk-abc\r", b"\n"], b"sk-abc"),
+            ("CR and LF apart", OPENAI, &[b"sk-abc\r", b"\n"], b"sk-abc"),
             (
                 "a first line only",
-                OpenAi,
+                OPENAI,
                 &[b"sk-abc\nanother\n"],
                 b"sk-abc",
             ),
-            ("blanks around", OpenAi, &[b" \t sk-abc \t\r\n"], b"sk-abc"),
+            ("blanks around", OPENAI, &[b" \t sk-abc \t\r\n"], b"sk-abc"),
             (
                 "byte order mark",
-                OpenAi,
+                OPENAI,
                 &[b"\xef\xbb\xbfsk-abc\r\n"],
                 b"sk-abc",
             ),
             (
                 "mark, blank",
-                OpenAi,
+                OPENAI,
                 &[b"\xef", b"\xbb\xbf sk-abc"],
                 b"sk-abc",
             ),
-            ("the longest", OpenAi, &[&longest], &longest),
-            ("the longest with CR LF", OpenAi, &[&longest_line], &longest),
+            ("the longest", OPENAI, &[&longest], &longest),
+            ("the longest with CR LF", OPENAI, &[&longest_line], &longest),
             (
                 "blanks, longest",
-                OpenAi,
+                OPENAI,
                 &[b"   ", &longest_line],
                 &longest,
             ),
-            ("JWT", BearerToken, &[TOKEN, b"\n"], TOKEN),
-            ("base64", BearerToken, &[b"QUJD/+RA==\n"], b"QUJD/+RA=="),
-            ("one padding", BearerToken, &[b"abc=\n"], b"abc="),
+            ("JWT", TOKEN_RULE, &[TOKEN, b"\n"], TOKEN),
+            ("base64", TOKEN_RULE, &[b"QUJD/+RA==\n"], b"QUJD/+RA=="),
+            ("one padding", TOKEN_RULE, &[b"abc=\n"], b"abc="),
             (
                 "words, padding",
-                BearerToken,
+                TOKEN_RULE,
                 &[b"ABSK_abc=="],
                 b"ABSK_abc==",
             ),
             (
                 "gateway",
-                BearerToken,
+                TOKEN_RULE,
                 &[b"id:name|secret~1"],
                 b"id:name|secret~1",
             ),
-            ("OpenAI's", BearerToken, &[b"sk-abc_1\n"], b"sk-abc_1"),
+            ("OpenAI's", TOKEN_RULE, &[b"sk-abc_1\n"], b"sk-abc_1"),
             (
                 "longest token",
-                BearerToken,
+                TOKEN_RULE,
                 &[&longest_token],
                 &longest_token,
             ),
             (
                 "with CR LF",
-                BearerToken,
+                TOKEN_RULE,
                 &[&longest_token_line],
                 &longest_token,
             ),
-            ("in bytes", BearerToken, &[b" ", b"a", b"=", b"\n"], b"a="),
+            ("in bytes", TOKEN_RULE, &[b" ", b"a", b"=", b"\n"], b"a="),
         ];
         for (name, rule, pieces, key) in cases {
             let credential =
@@ -333,61 +331,56 @@ mod tests {
     #[test]
     fn rejects_other_input_without_repeating_it() {
         const CHARACTER: &str = "a character other than";
-        let too_long = vec![b'k'; OpenAi.max_length() + 1];
+        let too_long = vec![b'k'; OPENAI.max_length + 1];
         let token_too_long = vec![b'k'; 4073];
         // What follows the blanks is not read.
         let cut = [b"sk-secret".as_slice(), &[b' '; 5000], b"x"].concat();
         let cases: [(&str, KeyRule, &[u8], &str); 23] = [
             (
                 "a name",
-                OpenAi,
+                OPENAI,
                 b"OPENAI_API_KEY=sk-secret\n",
                 "NAME=value",
             ),
             (
                 "a name in quotes",
-                OpenAi,
+                OPENAI,
                 b"KEY=\"sk-secret\"\n",
                 "NAME=value",
             ),
-            ("an interrupt", OpenAi, b"sk-secret\x03", CHARACTER),
-            ("nothing", OpenAi, b"", "no key on stdin"),
+            ("an interrupt", OPENAI, b"sk-secret\x03", CHARACTER),
+            ("nothing", OPENAI, b"", "no key on stdin"),
             (
                 "a blank line first",
-                OpenAi,
+                OPENAI,
                 b"\nsk-secret",
                 "no key on stdin",
             ),
-            ("CRs only", OpenAi, b"\r\r\n", "no key on stdin"),
-            ("blanks only", OpenAi, b" \t\n", "no key on stdin"),
+            ("CRs only", OPENAI, b"\r\r\n", "no key on stdin"),
+            ("blanks only", OPENAI, b" \t\n", "no key on stdin"),
             (
                 "a mark only",
-                BearerToken,
+                TOKEN_RULE,
                 b"\xef\xbb\xbf\n",
                 "no key on stdin",
             ),
-            ("a space", OpenAi, b"sk secret\n", CHARACTER),
-            ("quotes", OpenAi, b"\"sk-secret\"", CHARACTER),
-            ("NUL", OpenAi, b"sk-sec\0ret", CHARACTER),
-            ("not ASCII", OpenAi, "sk-s\u{e9}cret".as_bytes(), CHARACTER),
-            ("CR inside", OpenAi, b"sk\rsecret", CHARACTER),
-            ("mark inside", OpenAi, b" \xef\xbb\xbfsk-secret", CHARACTER),
-            ("padding", OpenAi, b"secret==", "--upstream-url"),
-            ("a dot", OpenAi, b"secret.x", "--upstream-url"),
-            ("too long", OpenAi, &too_long, "longer than 1017 bytes"),
-            ("cut off", OpenAi, &cut, "longer than 1017 bytes"),
-            ("a space", BearerToken, b"Bearer secret", CHARACTER),
-            ("only padding", BearerToken, b"==\n", CHARACTER),
-            (
-                "a named token",
-                BearerToken,
-                b"KEY=secret==\n",
-                "NAME=value",
-            ),
-            ("padding inside", BearerToken, b"sec-ret=x", CHARACTER),
+            ("a space", OPENAI, b"sk secret\n", CHARACTER),
+            ("quotes", OPENAI, b"\"sk-secret\"", CHARACTER),
+            ("NUL", OPENAI, b"sk-sec\0ret", CHARACTER),
+            ("not ASCII", OPENAI, "sk-s\u{e9}cret".as_bytes(), CHARACTER),
+            ("CR inside", OPENAI, b"sk\rsecret", CHARACTER),
+            ("mark inside", OPENAI, b" \xef\xbb\xbfsk-secret", CHARACTER),
+            ("padding", OPENAI, b"secret==", "--upstream-url"),
+            ("a dot", OPENAI, b"secret.x", "--upstream-url"),
+            ("too long", OPENAI, &too_long, "longer than 1017 bytes"),
+            ("cut off", OPENAI, &cut, "longer than 1017 bytes"),
+            ("a space", TOKEN_RULE, b"Bearer secret", CHARACTER),
+            ("only padding", TOKEN_RULE, b"==\n", CHARACTER),
+            ("a named token", TOKEN_RULE, b"KEY=secret==\n", "NAME=value"),
+            ("padding inside", TOKEN_RULE, b"sec-ret=x", CHARACTER),
             (
                 "long token",
-                BearerToken,
+                TOKEN_RULE,
                 &token_too_long,
                 "longer than 4072",
             ),
@@ -406,7 +399,7 @@ mod tests {
 
     #[test]
     fn debug_shows_nothing() {
-        let credential = read_pieces(OpenAi, &[b"sk-secret"]).unwrap();
+        let credential = read_pieces(OPENAI, &[b"sk-secret"]).unwrap();
         assert_eq!(format!("{credential:?}"), "Credential(..)");
     }
 }

@@ -204,7 +204,7 @@ mod tests {
     fn opening() -> Rc<Opening> {
         let mut input: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| io::Read::read(&mut input, buffer);
-        let credential = Credential::read(crate::key::KeyRule::OpenAi, read).unwrap();
+        let credential = Credential::read(crate::key::KeyRule::OPENAI, read).unwrap();
         Rc::new(Opening::new("/v1", credential))
     }
 

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ impl Connector {
     pub fn new(
         target: &Target,
         proxy: Option<Intercept>,
-        ca_file: Option<CaFile>,
+        ca_file: Option<(&'static str, PathBuf)>,
     ) -> Result<Self, String> {
         let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
         let name = target.tls_name.clone().map(ServerName::try_from);
@@ -192,54 +192,27 @@ fn tls_error(error: io::Error) -> Failure {
     failure
 }
 
-/// A file with certificates to trust in addition to the built-in roots, and the flag or variable that names it.
-pub struct CaFile {
-    source: &'static str,
-    path: PathBuf,
-}
-
-impl CaFile {
-    /// The file named by `--upstream-ca`, else by `CODEX_CA_CERTIFICATE`, which Codex reads, else by
-    /// `SSL_CERT_FILE`. `variable` looks one up; an empty value counts as unset.
-    pub fn find(
-        flag: Option<PathBuf>,
-        variable: impl Fn(&str) -> Option<OsString>,
-    ) -> Option<Self> {
-        let variables = ["CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"]
-            .into_iter()
-            .map(|source| (source, variable(source).unwrap_or_default()))
-            .filter(|(_, value)| !value.is_empty())
-            .map(|(source, value)| (source, value.into()));
-        let flag = flag.map(|path| ("--upstream-ca", path)).into_iter();
-        let (source, path) = flag.chain(variables).next()?;
-        Some(Self { source, path })
-    }
-
-    /// Adds the certificates to `roots`. Bundles may have some that are unusable: those are logged.
-    fn add_to(&self, roots: &mut RootCertStore) -> Result<(), String> {
-        let (source, path) = (self.source, self.path.display());
-        let certificates = CertificateDer::pem_file_iter(&self.path).and_then(Iterator::collect);
-        let certificates: Vec<_> = certificates.map_err(|error| {
-            format!("{source} {path}: {error}; name a file with one or more PEM certificates")
-        })?;
-        match roots.add_parsable_certificates(certificates) {
-            (0, _) => Err(format!("{source} {path}: no usable PEM certificate found")),
-            (_, 0) => Ok(()),
-            (_, unusable) => {
-                log::line(format_args!(
-                    "{source} {path}: {unusable} unusable certificates"
-                ));
-                Ok(())
-            }
-        }
-    }
+/// The file with CAs to trust in addition to the built-in roots, after the flag or variable that names it:
+/// `--upstream-ca`, else `CODEX_CA_CERTIFICATE`, which Codex reads, else `SSL_CERT_FILE`. `variable` looks one up;
+/// an empty value counts as unset.
+pub fn ca_file(
+    flag: Option<&Path>,
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> Option<(&'static str, PathBuf)> {
+    let variables = ["CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"].map(|name| (name, variable(name)));
+    let flag = ("--upstream-ca", flag.map(OsString::from));
+    let mut sources = std::iter::once(flag).chain(variables);
+    sources.find_map(|(name, path)| Some((name, path.filter(|path| !path.is_empty())?.into())))
 }
 
 /// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`; HTTP/1.1 is all that is spoken.
-fn client_config(ca_file: Option<CaFile>) -> Result<ClientConfig, String> {
+fn client_config(ca_file: Option<(&'static str, PathBuf)>) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(file) = ca_file {
-        file.add_to(&mut roots)?;
+    if let Some((source, path)) = ca_file {
+        add_roots(&path, &mut roots).map_err(|what| {
+            let path = path.display();
+            format!("{source} {path}: {what}; name a file with one or more PEM certificates")
+        })?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -249,6 +222,15 @@ fn client_config(ca_file: Option<CaFile>) -> Result<ClientConfig, String> {
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// Adds the certificates in a PEM file. Those of a bundle that are unusable are left out.
+fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error>> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)?.collect();
+    match roots.add_parsable_certificates(certificates?) {
+        (0, _) => Err("no usable certificate found".into()),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -358,8 +340,7 @@ mod tests {
                 let index = NAMES.iter().position(|other| *other == name)?;
                 values[index].map(OsString::from)
             };
-            let found = CaFile::find(values[0].map(PathBuf::from), variable);
-            let found = found.map(|file| (file.source, file.path));
+            let found = ca_file(values[0].map(Path::new), variable);
             let expected =
                 expected.map(|index: usize| (NAMES[index], PathBuf::from(values[index].unwrap())));
             assert_eq!(found, expected, "{values:?}");

@@ -21,7 +21,7 @@ use tokio::task::yield_now;
 
 use self::authorizing_stream::Opening;
 pub use self::connection::{BodyError, RequestBody, UpstreamConnection};
-pub use self::connector::{CaFile, Connector, Stream};
+pub use self::connector::{Connector, Stream, ca_file};
 use self::pool::Pool;
 use self::target::Target;
 use crate::failure::Failure;
