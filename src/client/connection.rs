@@ -21,8 +21,8 @@ use tokio::time::{Sleep, sleep, timeout};
 use crate::exchange::{ConnectionState, Peer, Proxy};
 use crate::flush::FlushNoting;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
-use crate::sock_diag::SockDiag;
 use crate::log;
+use crate::sock_diag::SockDiag;
 
 /// How long a head may take to come, and how long a connection may be idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
