@@ -213,8 +213,8 @@ fn stop_on_signals(stop: &Stop) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether this process ignores a signal (proc_pid_status(5), `SigIgn`). Assumed where there is no `/proc`: then
-/// the signal keeps its disposition.
+/// Whether this process ignores a signal (proc_pid_status(5), `SigIgn`). Assumed where there is no `/proc`, as on
+/// macOS: then the signal keeps its disposition.
 fn is_ignored(kind: SignalKind) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

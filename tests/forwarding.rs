@@ -212,7 +212,7 @@ fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() 
 }
 
 #[test]
-fn response_headers_that_rfc_9112_has_proxies_repair_are_repaired() {
+fn repairable_response_headers_are_repaired() {
     let (_upstream, proxy) = serve(|exchange| {
         exchange.body()?;
         exchange.send(

@@ -8,6 +8,11 @@ use std::process::Command;
 use std::{io::ErrorKind, net::TcpStream, sync::mpsc::Sender, time::Duration};
 use support::*;
 
+/// Whether the program leaves a signal alone, since the system does not tell whether it was ignored at startup.
+fn is_default_here(way: &str) -> bool {
+    !cfg!(target_os = "linux") && ["SIGHUP", "SIGQUIT"].contains(&way)
+}
+
 fn wait_until_refused(proxy: &Proxy) {
     wait_until("connections are refused", || {
         let connection = TcpStream::connect(("127.0.0.1", proxy.port));
@@ -43,6 +48,9 @@ fn streaming(proxy: &Proxy) -> Client {
 fn streams_in_flight_finish_while_all_else_ends_and_the_port_can_be_bound_again() {
     let port = free_port().to_string();
     for way in ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "GET /shutdown"] {
+        if is_default_here(way) {
+            continue;
+        }
         let (upstream, go_on) = holding();
         let launch = Launch::to(&upstream).arg("--http-shutdown");
         // The last one closed connections first, so its end of them lingers in the kernel: the port is free at once.
@@ -164,6 +172,9 @@ fn a_second_signal_ends_it_at_once() {
         ["SIGHUP", "SIGQUIT"],
         ["GET /shutdown", "SIGTERM"],
     ] {
+        if is_default_here(first) {
+            continue;
+        }
         let (upstream, _never) = holding();
         let folder = Folder::new();
         let info = folder.join("info.json");

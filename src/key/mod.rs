@@ -52,10 +52,6 @@ impl KeyRule {
         others: "-._~+/:|",
         may_be_padded: true,
     };
-
-    fn allows(&self, byte: u8) -> bool {
-        byte.is_ascii_alphanumeric() || self.others.as_bytes().contains(&byte)
-    }
 }
 
 /// The header line `authorization: Bearer KEY`, its CR LF included.
@@ -205,7 +201,9 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
     let is_padding = |byte: &u8| *byte == b'=' && rule.may_be_padded;
     let unpadded = key.iter().rposition(|byte| !is_padding(byte));
     let unpadded = &key[..=unpadded.unwrap_or(0)];
-    if !unpadded.iter().all(|&byte| rule.allows(byte)) {
+    let is_allowed =
+        |byte: &u8| byte.is_ascii_alphanumeric() || rule.others.as_bytes().contains(byte);
+    if !unpadded.iter().all(is_allowed) {
         return Err(format!(
             "the key on stdin has a character other than ASCII letters, digits and {}: check that it is \
              only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's",

@@ -235,13 +235,6 @@ fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-    use std::task::{Context, Poll};
-
-    use hyper_util::client::legacy::connect::dns::Name;
-    use nix::sys::socket::sockopt::{KeepAlive, TcpUserTimeout};
-    use nix::sys::socket::{Backlog, getsockopt};
-    use tokio::net::{TcpListener, TcpSocket, TcpStream};
     use tokio::time::Instant;
 
     use super::*;
@@ -258,71 +251,6 @@ mod tests {
         assert!((10_000..10_010).contains(&lasted), "{lasted} ms");
         assert_eq!(failure.status, StatusCode::GATEWAY_TIMEOUT);
         assert!(failure.message.contains("10 s (connect)"));
-    }
-
-    /// A name with these addresses.
-    #[derive(Clone)]
-    struct Addresses(Vec<SocketAddr>);
-
-    impl Service<Name> for Addresses {
-        type Response = std::vec::IntoIter<SocketAddr>;
-        type Error = io::Error;
-        type Future = std::future::Ready<io::Result<Self::Response>>;
-
-        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn call(&mut self, _: Name) -> Self::Future {
-            std::future::ready(Ok(self.0.clone().into_iter()))
-        }
-    }
-
-    /// An address that drops packets: its queue of connections is full.
-    async fn silent_address() -> (SocketAddr, Vec<TcpStream>, TcpSocket) {
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = socket.local_addr().unwrap();
-        nix::sys::socket::listen(&socket, Backlog::new(0).unwrap()).unwrap();
-        let mut waiting = Vec::new();
-        while let Ok(Ok(stream)) =
-            timeout(Duration::from_millis(1), TcpStream::connect(address)).await
-        {
-            waiting.push(stream);
-        }
-        (address, waiting, socket)
-    }
-
-    #[cfg(target_os = "linux")]
-    #[tokio::test(start_paused = true)]
-    async fn each_address_gets_its_share_of_the_connect_timeout() {
-        let (silent, _waiting, _socket) = silent_address().await;
-        let second = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let second = second.local_addr().unwrap();
-        let resolver = Addresses(vec![silent, second]);
-        let mut http = with_options(HttpConnector::new_with_resolver(resolver));
-        let begun = Instant::now();
-        let stream = http.call(Uri::from_static("http://upstream/")).await;
-        assert_eq!(stream.unwrap().inner().peer_addr().unwrap(), second);
-        let lasted = begun.elapsed().as_millis();
-        assert!((5_500..5_510).contains(&lasted), "{lasted} ms");
-
-        // An address that was silent is not a name that could not be resolved.
-        let resolver = Addresses(vec![silent, "127.0.0.1:1".parse().unwrap()]);
-        let mut http = with_options(HttpConnector::new_with_resolver(resolver));
-        let error = http.call(Uri::from_static("http://upstream/")).await;
-        assert_eq!(no_socket(error.unwrap_err()).message, NO_SOCKET);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[tokio::test]
-    async fn sockets_limit_unacknowledged_data_to_30_seconds() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}/", listener.local_addr().unwrap());
-        let mut http = with_options(HttpConnector::new());
-        let stream = http.call(url.parse().unwrap()).await.unwrap();
-        assert_eq!(getsockopt(stream.inner(), TcpUserTimeout), Ok(30_000));
-        assert_eq!(getsockopt(stream.inner(), KeepAlive), Ok(true));
     }
 
     #[test]
@@ -344,6 +272,82 @@ mod tests {
             let expected =
                 expected.map(|index: usize| (NAMES[index], PathBuf::from(values[index].unwrap())));
             assert_eq!(found, expected, "{values:?}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    mod sockets {
+        use std::net::SocketAddr;
+        use std::task::{Context, Poll};
+
+        use hyper_util::client::legacy::connect::dns::Name;
+        use nix::sys::socket::sockopt::{KeepAlive, TcpUserTimeout};
+        use nix::sys::socket::{Backlog, getsockopt};
+        use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+        use super::*;
+
+        /// A name with these addresses.
+        #[derive(Clone)]
+        struct Addresses(Vec<SocketAddr>);
+
+        impl Service<Name> for Addresses {
+            type Response = std::vec::IntoIter<SocketAddr>;
+            type Error = io::Error;
+            type Future = std::future::Ready<io::Result<Self::Response>>;
+
+            fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+                Poll::Ready(Ok(()))
+            }
+
+            fn call(&mut self, _: Name) -> Self::Future {
+                std::future::ready(Ok(self.0.clone().into_iter()))
+            }
+        }
+
+        /// An address that drops packets: its queue of connections is full.
+        async fn silent_address() -> (SocketAddr, Vec<TcpStream>, TcpSocket) {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+            let address = socket.local_addr().unwrap();
+            nix::sys::socket::listen(&socket, Backlog::new(0).unwrap()).unwrap();
+            let mut waiting = Vec::new();
+            while let Ok(Ok(stream)) =
+                timeout(Duration::from_millis(1), TcpStream::connect(address)).await
+            {
+                waiting.push(stream);
+            }
+            (address, waiting, socket)
+        }
+
+        #[tokio::test(start_paused = true)]
+        async fn each_address_gets_its_share_of_the_connect_timeout() {
+            let (silent, _waiting, _socket) = silent_address().await;
+            let second = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let second = second.local_addr().unwrap();
+            let resolver = Addresses(vec![silent, second]);
+            let mut http = with_options(HttpConnector::new_with_resolver(resolver));
+            let begun = Instant::now();
+            let stream = http.call(Uri::from_static("http://upstream/")).await;
+            assert_eq!(stream.unwrap().inner().peer_addr().unwrap(), second);
+            let lasted = begun.elapsed().as_millis();
+            assert!((5_500..5_510).contains(&lasted), "{lasted} ms");
+
+            // An address that was silent is not a name that could not be resolved.
+            let resolver = Addresses(vec![silent, "127.0.0.1:1".parse().unwrap()]);
+            let mut http = with_options(HttpConnector::new_with_resolver(resolver));
+            let error = http.call(Uri::from_static("http://upstream/")).await;
+            assert_eq!(no_socket(error.unwrap_err()).message, NO_SOCKET);
+        }
+
+        #[tokio::test]
+        async fn sockets_limit_unacknowledged_data_to_30_seconds() {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}/", listener.local_addr().unwrap());
+            let mut http = with_options(HttpConnector::new());
+            let stream = http.call(url.parse().unwrap()).await.unwrap();
+            assert_eq!(getsockopt(stream.inner(), TcpUserTimeout), Ok(30_000));
+            assert_eq!(getsockopt(stream.inner(), KeepAlive), Ok(true));
         }
     }
 }
