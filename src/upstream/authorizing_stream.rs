@@ -13,10 +13,15 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop::poll_proceed;
 
 use super::Kind;
 use crate::key::Credential;
 use crate::limits::MAX_INTERIM;
+
+/// What a read costs of the 128 units that tokio lets a task use before others run, besides its own: hyper
+/// may read on, up to 64 KiB at once, while it has nothing to pass on.
+const READ_COST: u32 = 15;
 
 /// What all requests begin with: a request line, which hyper writes, and the credential's line.
 pub(super) struct Opening {
@@ -124,6 +129,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
     ) -> Poll<io::Result<()>> {
         if self.interim.load(Relaxed) > MAX_INTERIM {
             return Poll::Ready(Err(io::Error::other("too many interim responses")));
+        }
+        for _ in 0..READ_COST {
+            ready!(poll_proceed(cx)).made_progress();
         }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
@@ -250,6 +258,29 @@ mod tests {
         fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
             Poll::Ready(Ok(()))
         }
+    }
+
+    #[tokio::test]
+    async fn reads_yield_to_other_tasks() {
+        let mut stream = AuthorizingStream {
+            stream: tokio::io::repeat(b'x'),
+            opening: opening(),
+            announcement: Announcement::default(),
+            interim: Arc::default(),
+        };
+        let mut count = 0;
+        std::future::poll_fn(|cx| {
+            let mut byte = [0];
+            while Pin::new(&mut stream)
+                .poll_read(cx, &mut ReadBuf::new(&mut byte))
+                .is_ready()
+            {
+                count += 1;
+            }
+            Poll::Ready(())
+        })
+        .await;
+        assert!((4..=16).contains(&count), "{count}");
     }
 
     /// Writes all of `pieces` as hyper would: what is left of them, until nothing is.
