@@ -2,9 +2,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice};
-use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
+use std::{pin::Pin, rc::Rc};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 

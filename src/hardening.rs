@@ -1,28 +1,21 @@
-//! Closes the process to onlookers before there is anything to see.
+//! Hardens the process before the key is read; partial hardening is fatal.
 #![allow(unsafe_code)]
 
 use nix::sys::resource::{Resource, setrlimit};
 
 use crate::key::environment;
 
-/// Prefixes of the variables by which a dynamic loader lets code be put into a process.
+/// Prefixes of the variables by which a dynamic loader loads code into a process.
 const LOADER_PREFIXES: [&[u8]; 2] = [b"LD_", b"DYLD_"];
 
-/// Forbids core dumps, debuggers and new privileges, and forgets what the loader was told.
+/// Forbids core dumps, debuggers and new privileges, and removes the loader's variables.
 ///
 /// To be called first of all in `main`: it changes the environment, which is sound only while there
-/// is one thread, and whatever comes before it is not protected by it.
-///
-/// # Errors
-///
-/// A sentence naming the step that the system refused. The program must then end: half a wall is none.
-pub fn harden() -> Result<(), String> {
-    let refused = |what: &'static str| {
-        move |error| {
-            format!(
-                "cannot {what} for this process: {error}; without that the key would not be safe here"
-            )
-        }
+/// is one thread, and it does not protect what comes before it. On an error, which names the step that
+/// the system refused, the program must exit.
+pub(crate) fn harden() -> Result<(), String> {
+    let refused = |step: &'static str| {
+        move |error| format!("cannot {step}, so the key would not be safe here: {error}")
     };
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(refused("forbid core dumps"))?;
     // Makes `/proc/PID` root's own and ptrace(2) by the same user impossible.
@@ -32,12 +25,12 @@ pub fn harden() -> Result<(), String> {
     deny_debuggers().map_err(refused("forbid debuggers"))?;
     #[cfg(target_os = "linux")]
     nix::sys::prctl::set_no_new_privs().map_err(refused("give up new privileges"))?;
-    let is_for_loader = |name: &[u8]| {
+    let is_loaders = |name: &[u8]| {
         LOADER_PREFIXES
             .iter()
-            .any(|prefix| name.starts_with(prefix))
+            .any(|&prefix| name.starts_with(prefix))
     };
-    for name in environment::names_where(|name, _| is_for_loader(name)) {
+    for name in environment::visit_variables(|name, _| is_loaders(name)) {
         // SAFETY: this function is called before any thread is started.
         unsafe { std::env::remove_var(name) };
     }

@@ -1,24 +1,19 @@
-//! Which users may be at the other end of a connection: `--allow-user` of a client's, `--upstream-user` of
-//! one to a plain upstream.
+//! The users allowed at the other end of a connection: of clients with `--allow-user`, of a plain
+//! upstream with `--upstream-user`.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use nix::unistd::{Group, Uid, User};
-use tokio::net::TcpStream;
-use tokio::sync::Mutex;
-use tokio::time::Instant;
+use tokio::{net::TcpStream, sync::Mutex, time::Instant};
 
-use crate::log;
 use crate::sock_diag::SockDiag;
 
-/// How long what the group database says of a user is relied on. It may be somewhere on the network, so
-/// it isn't asked for each connection.
-const MEMBERSHIP_VALID: Duration = Duration::from_secs(1);
+/// How long a group membership is cached. The group database may be on the network, so it isn't
+/// queried for each connection.
+const MEMBERSHIP_TTL: Duration = Duration::from_secs(1);
 
 /// The check of a connection's other end, made once, before anything is read or sent.
-pub struct PeerCheck {
+pub(crate) struct PeerCheck {
     uids: Vec<u32>,
     groups: Vec<String>,
     kernel: SockDiag,
@@ -28,34 +23,31 @@ pub struct PeerCheck {
 }
 
 impl PeerCheck {
-    /// The check for the values of `flag`: a name, a uid or `@` and a group's name. `None` without a
-    /// value: everyone is allowed. `listener` is a listening socket of ours to try the kernel with.
-    ///
-    /// # Errors
-    ///
-    /// A sentence naming what this system doesn't know, or why it can't tell users apart.
-    pub fn new(
+    /// The check for the values of `flag`: a name, a uid, or `@` and a group's name. `None` (everyone
+    /// allowed) without a value. `listener` is a listening socket of ours to try the kernel with.
+    pub(crate) fn new(
         flag: &str,
         values: &[String],
         listener: SocketAddr,
     ) -> Result<Option<Self>, String> {
-        let (uids, groups) = named(flag, values)?;
+        let (uids, groups) = parse_allow_list(flag, values)?;
         if values.is_empty() {
             return Ok(None);
         }
+        let kernel = SockDiag::new(listener)
+            .map_err(|error| format!("{flag} needs the kernel to identify users: {error}"))?;
         Ok(Some(Self {
             uids,
             groups,
-            kernel: SockDiag::new(listener)
-                .map_err(|error| format!("{flag} needs the kernel to identify users: {error}"))?,
+            kernel,
             members: Mutex::default(),
         }))
     }
 
     /// The peer's uid, where the kernel knows it for certain, and whether that user is allowed.
-    pub async fn identify(&self, stream: &TcpStream) -> (Option<u32>, bool) {
+    pub(crate) async fn identify(&self, stream: &TcpStream) -> (Option<u32>, bool) {
         let uid = self.kernel.peer_uid(stream).unwrap_or_else(|error| {
-            log::line(format_args!("cannot tell whose a connection is: {error}"));
+            log!("cannot identify the user of a connection: {error}");
             None
         });
         let is_allowed = match uid {
@@ -70,17 +62,13 @@ impl PeerCheck {
             return false;
         }
         let mut members = self.members.lock().await;
-        members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_VALID);
+        members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_TTL);
         if let Some((is_member, _)) = members.get(&uid) {
             return *is_member;
         }
-        // On a thread of its own, since the answer may be long in coming.
-        let groups = self.groups.clone();
-        let lookup = move || {
-            groups
-                .iter()
-                .any(|group| is_in(uid, group).unwrap_or(false))
-        };
+        let mut groups = self.groups.clone().into_iter();
+        let lookup = move || groups.any(|group| is_group_member(uid, &group).unwrap_or(false));
+        // On a thread of its own, since it may take long.
         let is_member = tokio::task::spawn_blocking(lookup).await.unwrap_or(false);
         members.insert(uid, (is_member, Instant::now()));
         is_member
@@ -88,11 +76,11 @@ impl PeerCheck {
 }
 
 /// The uids and groups that these values name.
-fn named(flag: &str, values: &[String]) -> Result<(Vec<u32>, Vec<String>), String> {
+fn parse_allow_list(flag: &str, values: &[String]) -> Result<(Vec<u32>, Vec<String>), String> {
     let (mut uids, mut groups) = (Vec::new(), Vec::new());
     for value in values {
         let unknown = |what| format!("{flag} {value:?}: there is no such {what} on this system");
-        let failed = |error| format!("{flag} {value:?} can't be looked up: {error}");
+        let failed = |error| format!("{flag} {value:?} cannot be looked up: {error}");
         if let Some(group) = value.strip_prefix('@') {
             let group = Group::from_name(group).map_err(failed)?;
             groups.push(group.ok_or_else(|| unknown("group"))?.name);
@@ -106,8 +94,8 @@ fn named(flag: &str, values: &[String]) -> Result<(Vec<u32>, Vec<String>), Strin
     Ok((uids, groups))
 }
 
-/// Whether the user is in the group, as its primary one or another.
-fn is_in(uid: u32, group: &str) -> nix::Result<bool> {
+/// Whether the user is in the group, be it the user's primary group or another.
+fn is_group_member(uid: u32, group: &str) -> nix::Result<bool> {
     let user = User::from_uid(Uid::from_raw(uid))?;
     let (Some(user), Some(group)) = (user, Group::from_name(group)?) else {
         return Ok(false);
@@ -124,18 +112,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_uids_and_groups() {
+    fn users_uids_and_groups_are_found() {
         let values = ["root", "12345", "@root"].map(String::from);
-        assert_eq!(
-            named("--allow-user", &values),
-            Ok((vec![0, 12345], vec!["root".into()]))
-        );
-        assert_eq!(is_in(0, "root"), Ok(true));
-        assert_eq!(is_in(12345, "root"), Ok(false));
+        let expected = (vec![0, 12345], vec!["root".into()]);
+        assert_eq!(parse_allow_list("--allow-user", &values), Ok(expected));
+        assert_eq!(is_group_member(0, "root"), Ok(true));
+        assert_eq!(is_group_member(12345, "root"), Ok(false));
     }
 
     #[test]
-    fn unknown_ones_are_errors() {
+    fn unknown_users_and_groups_are_errors() {
         for value in [
             "",
             "@",
@@ -146,7 +132,7 @@ mod tests {
             "-1",
             "a\0b",
         ] {
-            let error = named("--allow-user", &[value.to_owned()]).expect_err(value);
+            let error = parse_allow_list("--allow-user", &[value.to_owned()]).expect_err(value);
             assert!(error.starts_with("--allow-user"), "{value}: {error}");
         }
     }

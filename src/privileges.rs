@@ -3,8 +3,6 @@
 use nix::sys::prctl::set_dumpable;
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
-use crate::log;
-
 /// The first of the ids that no account has: systemd documents 0x7000_0000 to 0x7fff_fffe as unused
 /// ("Users, Groups, UIDs and GIDs on systemd systems"). The pid is added, so that two proxies don't
 /// share a user. Not 65534 (nobody), which other services share.
@@ -15,11 +13,8 @@ const FIRST_UNUSED_ID: u32 = 0x7000_0000;
 ///
 /// To be called before any thread is started. With `needs_root`, or if the kernel refuses (without
 /// `CAP_SETUID`, or in a user namespace with a single id), the process stays root and logs the reason.
-///
-/// # Errors
-///
-/// A sentence, if the process can't be made undumpable again. It must then exit.
-pub fn drop_root(needs_root: bool) -> Result<(), String> {
+/// If it can't be made undumpable again, which is an error, it must exit.
+pub(crate) fn drop_root(needs_root: bool) -> Result<(), String> {
     if !geteuid().is_root() {
         return Ok(());
     }
@@ -31,11 +26,9 @@ pub fn drop_root(needs_root: bool) -> Result<(), String> {
         setresuid(uid, uid, uid)
     };
     if needs_root {
-        log::line(format_args!("stays root: the --dump-dir is root's"));
+        log!("stays root: the --dump-dir is root's");
     } else if let Err(error) = change() {
-        log::line(format_args!(
-            "stays root: cannot change to an unused user: {error}"
-        ));
+        log!("stays root: cannot change to an unused user: {error}");
     }
     // Changed ids reset it to fs.suid_dumpable (prctl(2), PR_SET_DUMPABLE), also where only some changed.
     set_dumpable(false).map_err(|error| format!("cannot forbid debuggers as another user: {error}"))

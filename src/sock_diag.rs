@@ -1,22 +1,19 @@
-//! Queries the kernel for the user who owns the other end of a loopback connection, through
+//! Queries the kernel for the owner of the other end of a loopback connection, through
 //! `NETLINK_SOCK_DIAG` (sock_diag(7)), as `ss -e` does.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::errno::Errno;
-use nix::libc;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
-};
+use nix::sys::socket::{self, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::{errno::Errno, libc};
 use tokio::net::TcpStream;
 
-/// Sizes in bytes of what is sent and received (linux/netlink.h, linux/inet_diag.h).
+/// Sizes of a netlink header and a query, in bytes (linux/netlink.h, linux/inet_diag.h).
 const HEADER: usize = 16;
-const REQUEST: usize = HEADER + 56;
+const QUERY: usize = HEADER + 56;
 
-/// Where `idiag_wqueue`, `idiag_uid` and `idiag_inode` are in a reply (linux/inet_diag.h).
+/// Offsets of `idiag_wqueue`, `idiag_uid` and `idiag_inode` in a reply (linux/inet_diag.h).
 const NUMBERS: [usize; 3] = [HEADER + 60, HEADER + 64, HEADER + 68];
 
 /// `NLMSG_ERROR` (linux/netlink.h).
@@ -35,21 +32,15 @@ const LISTEN: u8 = 10;
 type Report = (u8, u32, u32, u32);
 
 /// A netlink socket for queries.
-pub struct SockDiag(OwnedFd);
+pub(crate) struct SockDiag(OwnedFd);
 
 impl SockDiag {
-    /// Opens the socket and tries it on `listener`, a listening socket of ours.
-    ///
-    /// # Errors
-    ///
-    /// A phrase that says what is missing: a kernel module or permission to use netlink.
-    pub fn new(listener: SocketAddr) -> Result<Self, String> {
-        let open = socket(
-            AddressFamily::Netlink,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkSockDiag,
-        );
+    /// Opens the socket and tries it on `listener`, a listening socket of ours. An error says what is
+    /// missing: a kernel module or permission to use netlink.
+    pub(crate) fn new(listener: SocketAddr) -> Result<Self, String> {
+        let family = socket::AddressFamily::Netlink;
+        let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
+        let open = socket::socket(family, SockType::Datagram, flags, protocol);
         let kernel = Self(open.map_err(|error| {
             format!("no netlink socket: {error}; allow the address family AF_NETLINK")
         })?);
@@ -64,19 +55,15 @@ impl SockDiag {
 
     /// The uid that owns the peer's end of `stream`.
     ///
-    /// `None` unless both ends are established: a socket that its process has closed or shut down
-    /// may report uid 0, and its four-tuple can be reused by somebody else. Our end is queried last: a
-    /// socket never becomes established again, so if it still is, it was when the other end was queried,
-    /// and that was its other end.
+    /// `None` unless both ends are established: a socket that its process has closed or shut down may
+    /// report uid 0, and its four-tuple can be reused by somebody else. Our end is queried last: a
+    /// socket never becomes established again, so if it still is, it was when the other end was
+    /// queried, and that was its other end.
     ///
-    /// A connection that waits to be accepted belongs to nobody yet, and reports uid 0 on older kernels:
-    /// its owner is that of the listening socket. While the queue of those is full, its state is still
-    /// SYN_RECV.
-    ///
-    /// # Errors
-    ///
-    /// What netlink or the stream reports.
-    pub fn peer_uid(&self, stream: &TcpStream) -> io::Result<Option<u32>> {
+    /// A connection that waits to be accepted belongs to nobody yet, and reports uid 0 on older
+    /// kernels: its owner is that of the listening socket. While the queue of those is full, its state
+    /// is still SYN_RECV.
+    pub(crate) fn peer_uid(&self, stream: &TcpStream) -> io::Result<Option<u32>> {
         let (ours, theirs) = (stream.local_addr()?, stream.peer_addr()?);
         let uid = match self.query(theirs, ours)? {
             Some((ESTABLISHED, _, uid, 1..)) => Some(uid),
@@ -88,16 +75,12 @@ impl SockDiag {
     }
 
     /// How many bytes written to `stream` its peer has not acknowledged.
-    ///
-    /// # Errors
-    ///
-    /// What netlink or the stream reports.
-    pub fn unacknowledged(&self, stream: &TcpStream) -> io::Result<u32> {
+    pub(crate) fn unacknowledged(&self, stream: &TcpStream) -> io::Result<u32> {
         let report = self.query(stream.local_addr()?, stream.peer_addr()?)?;
         Ok(report.map_or(0, |(_, bytes, ..)| bytes))
     }
 
-    /// The uid that owns the socket that listens at `address`, be it at all addresses.
+    /// The uid that owns the socket that listens at `address` or at all addresses.
     fn listener_uid(&self, address: SocketAddr) -> io::Result<Option<u32>> {
         // The kernel looks for a listening socket where none is connected to port 0.
         let found = self.query(address, SocketAddr::new(address.ip(), 0))?;
@@ -106,18 +89,18 @@ impl SockDiag {
 
     /// The socket from `local` to `remote`.
     fn query(&self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Report>> {
-        let request = request(local, remote);
-        send(self.0.as_raw_fd(), &request, MsgFlags::empty())?;
+        let fd = self.0.as_raw_fd();
+        socket::send(fd, &encode_query(local, remote), MsgFlags::empty())?;
         let mut reply = [0; 512];
         // The kernel has replied before send(2) returns, so there is nothing to wait for.
-        let count = recv(self.0.as_raw_fd(), &mut reply, MsgFlags::MSG_DONTWAIT)?;
-        read_reply(&reply[..count])
+        let count = socket::recv(fd, &mut reply, MsgFlags::MSG_DONTWAIT)?;
+        decode_reply(&reply[..count])
     }
 }
 
 /// A netlink header and a `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60:
 /// ports and addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
-fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let family = match local {
         SocketAddr::V4(_) => libc::AF_INET,
         SocketAddr::V6(_) => libc::AF_INET6,
@@ -127,24 +110,24 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         IpAddr::V6(address) => address.octets().to_vec(),
     };
     let parts: [&[u8]; 10] = [
-        &(REQUEST as u32).to_ne_bytes(),
+        &(QUERY as u32).to_ne_bytes(),
         &BY_FAMILY.to_ne_bytes(),
         &(libc::NLM_F_REQUEST as u16).to_ne_bytes(),
         &[0; 8],
         &[family as u8, libc::IPPROTO_TCP as u8, 0, 0],
-        // All states: the answer's own is looked at.
+        // All states: the caller looks at the reply's.
         &u32::MAX.to_ne_bytes(),
         &[local.port().to_be_bytes(), remote.port().to_be_bytes()].concat(),
         &[address(local.ip()), address(remote.ip())].concat(),
         &[0; 4],
-        // No cookie: whichever socket there is.
+        // No cookie: any socket of that identity.
         &[0xff; 8],
     ];
     parts.concat()
 }
 
-/// Decodes a `struct inet_diag_msg`, or the error in its place.
-fn read_reply(reply: &[u8]) -> io::Result<Option<Report>> {
+/// Decodes a `struct inet_diag_msg`, or the error in place of it.
+fn decode_reply(reply: &[u8]) -> io::Result<Option<Report>> {
     let word = |at: usize| {
         let bytes = reply.get(at..).and_then(<[u8]>::first_chunk);
         bytes.copied().map(u32::from_ne_bytes)

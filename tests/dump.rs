@@ -317,7 +317,7 @@ mod little_room {
         });
         // All six wait for their end with 15 MiB each, of which four have room together.
         (0..STREAMS).for_each(|_| told.wait().unwrap());
-        proxy.wait_for_line(|line| line.contains("is not written: too much is waiting"));
+        proxy.wait_for_line(|line| line.contains("is not written: dump buffer full"));
         (0..STREAMS).for_each(|_| go_on.send(()).unwrap());
         for client in clients {
             assert_eq!(client.join().unwrap(), LENGTH);

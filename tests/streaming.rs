@@ -194,7 +194,7 @@ fn a_client_that_leaves_ends_the_upstream_request_at_once() {
             assert_eq!(left, "left", "{number}: a client that {how}");
             // Of a body that breaks off it can't be told who broke it.
             let end = match STALLS[number].0.starts_with("sends") {
-                true => "error=\"the request's body broke off",
+                true => "error=\"the request body is truncated",
                 false => "error=\"client left\"",
             };
             proxy.wait_for_line(|line| line.contains(end));

@@ -160,7 +160,7 @@ mod linux {
                 return;
             };
             assert_eq!(proxy.ask().status(), 502);
-            let words = ["status=502", "is not this machine's loopback"];
+            let words = ["status=502", "is not a loopback address"];
             proxy.wait_for_request("request ", &words);
             let mut came = Vec::new();
             let end = elsewhere.accept().unwrap().0.read_to_end(&mut came);

@@ -1,81 +1,74 @@
-//! The listening socket: where it comes from, and who gets in when.
+//! Listening socket and admission.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::io;
-use std::net::Ipv4Addr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::rc::Rc;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    cell::RefCell, collections::HashMap, io, net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration,
+};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::sockopt::{AcceptConn, SockType};
 use nix::sys::socket::{self, Backlog, getsockopt};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use sd_notify::NotifyState;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
 use super::connection;
-use crate::exchange::{Peer, Proxy};
-use crate::log;
-use crate::peer::PeerCheck;
+use crate::exchange::{Handler, Peer};
+use crate::{log::notify_systemd, peer::PeerCheck};
 
 /// The most connections at once, if there are descriptors for that many.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// The most connections at once of users who aren't served. They hold no place; one more is closed unanswered.
-const MAX_REFUSED: usize = 16;
+/// The most connections at once of denied users. They take no slot; one more is closed unanswered.
+const MAX_DENIED: usize = 16;
 
-/// How long a connection of a user who isn't served stays, the refusal of its first request included.
-const REFUSED_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a denied user's connection stays open, the response to its first request included.
+const DENIED_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Descriptors that are never used for clients who are served: standard streams, listener, event loop,
-/// name service, dumps.
-const RESERVED_DESCRIPTORS: usize = 24 + MAX_REFUSED;
+/// Descriptors that are never used for slots: standard streams, listener, event loop, name service, dumps.
+const RESERVED_DESCRIPTORS: usize = 24 + MAX_DENIED;
 
-/// How many connections may wait to be accepted. std's 128 are too few for a burst: what comes on top
-/// is not refused, but tries again only after a second.
+/// How many connections may wait to be accepted. std's 128 are too few for a burst: the kernel drops the
+/// others' handshakes, and they try again only after a second.
 const BACKLOG: i32 = 4096;
 
-/// How long to wait when a connection could not be accepted, for want of descriptors or memory mostly:
-/// trying again at once would spin.
+/// How long to wait after a failed accept, mostly for want of descriptors or memory. Trying again at once
+/// would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long streams in flight may go on after the end has begun.
+/// How long open streams may go on after shutdown has started.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one.
-///
-/// # Errors
-///
-/// A sentence: `port` is given beside a socket, is taken or may not be used, or the socket is not the
-/// one that listens on loopback.
-pub fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
-    let unusable =
-        |error: io::Error| format!("the sockets handed over in LISTEN_FDS can't be used: {error}");
+pub(crate) fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
+    let unusable = |error: io::Error| format!("cannot use the sockets in LISTEN_FDS: {error}");
     let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
     let count = std::env::var_os("LISTEN_FDS").unwrap_or_default();
     if inherited.len() == 0 && !count.is_empty() && count != "0" {
-        log::line(format_args!(
-            "LISTEN_FDS is set, but not for this process (LISTEN_PID): its sockets are not used; in a shell, start the proxy with exec"
-        ));
+        log!(
+            "LISTEN_FDS is set for another process (LISTEN_PID): its sockets are not used; in a shell, start the proxy with exec"
+        );
     }
     match (inherited.len(), inherited.next(), port) {
         (0, ..) => bind(port.unwrap_or(0)),
-        (1, Some(fd), None) => adopt(fd).map_err(unusable),
-        (1, ..) => Err("--port is given, but the socket comes from systemd (LISTEN_FDS): leave it out, the socket unit sets the port".into()),
-        (count, ..) => Err(format!("LISTEN_FDS hands over {count} sockets: configure exactly one")),
+        (1, Some(fd), None) => adopt_inherited(fd).map_err(unusable),
+        (1, ..) => Err(
+            "systemd passes the socket (LISTEN_FDS): leave out --port, the socket unit sets it"
+                .into(),
+        ),
+        (count, ..) => Err(format!(
+            "LISTEN_FDS passes {count} sockets: configure exactly one"
+        )),
     }
 }
 
 /// Opens a listening socket on 127.0.0.1.
 fn bind(port: u16) -> Result<std::net::TcpListener, String> {
     // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| match error.kind() {
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+    let listener = listener.map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
-            format!("port {port} on 127.0.0.1 is taken: choose another with --port, or leave it out for a free one")
+            format!("port {port} on 127.0.0.1 is taken: choose another --port, or leave it out")
         }
         _ => format!("cannot listen on 127.0.0.1 port {port}: {error}"),
     })?;
@@ -84,30 +77,28 @@ fn bind(port: u16) -> Result<std::net::TcpListener, String> {
     Ok(listener)
 }
 
-/// Takes over a socket that was passed to this process (sd_listen_fds(3)), if it is one that listens on
-/// loopback.
+/// Takes over a socket passed to this process (sd_listen_fds(3)), if it listens on loopback.
 #[allow(unsafe_code)]
-fn adopt(fd: RawFd) -> io::Result<std::net::TcpListener> {
-    // SAFETY: by sd_listen_fds(3) the descriptor is open and this process's to use, if LISTEN_PID is its
-    // own, which was looked at; it is taken once, here. If it isn't open after all, all that follows fails.
+fn adopt_inherited(fd: RawFd) -> io::Result<std::net::TcpListener> {
+    // SAFETY: by sd_listen_fds(3) the descriptor is open and this process's to use, since LISTEN_PID was
+    // checked to be its own; it is taken once, here. If it isn't open after all, all that follows fails.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let is_stream = getsockopt(&socket, SockType)? == socket::SockType::Stream;
     if !is_stream || !getsockopt(&socket, AcceptConn)? {
-        return Err(io::Error::other("it is no listening stream socket"));
+        return Err(io::Error::other("it is not a listening stream socket"));
     }
     let listener = std::net::TcpListener::from(socket);
-    if !listener.local_addr()?.ip().is_loopback() {
-        return Err(io::Error::other(
-            "it listens on more than loopback, where others could use the key",
-        ));
+    match listener.local_addr()?.ip().is_loopback() {
+        true => Ok(listener),
+        false => Err(io::Error::other(
+            "it listens beyond loopback, where others could use the key",
+        )),
     }
-    Ok(listener)
 }
 
-/// Raises `RLIMIT_NOFILE` to its hard limit and says how many clients that is enough for: each may
-/// need a descriptor of its own and one to the upstream.
-#[must_use]
-pub fn connection_limit() -> usize {
+/// Raises `RLIMIT_NOFILE` to its hard limit. Gives the number of slots that it is enough for: each may
+/// need one descriptor for the client and one for the upstream.
+pub(crate) fn raise_fd_limit() -> usize {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
     let is_raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
     let limit = if is_raised { hard } else { soft };
@@ -115,81 +106,63 @@ pub fn connection_limit() -> usize {
     (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
 }
 
-/// Accepts clients, at most `limit` at once, until the end begins, then waits for those in flight, at most
-/// 30 s, and ends the rest. `check` says who may come in, unless everybody may.
+/// Accepts clients until shutdown starts, then waits for those with open requests, at most 30 s, and
+/// closes the rest.
 ///
-/// At the limit, new connections wait in the kernel's queue until an old one ends. They are not
-/// refused: whoever holds the others may be done in a moment.
-pub async fn run(listener: TcpListener, check: Option<PeerCheck>, limit: usize, proxy: Rc<Proxy>) {
+/// When all slots are taken, new connections wait in the kernel's queue. They are not refused, since a
+/// slot may be free in a moment.
+pub(crate) async fn run(
+    listener: TcpListener,
+    check: Option<PeerCheck>,
+    max_connections: usize,
+    handler: &Rc<Handler>,
+) {
+    let admission = Rc::new(Admission {
+        check,
+        max_share: max_connections.div_ceil(2),
+        shares: RefCell::default(),
+        denied_slots: Semaphore::new(MAX_DENIED),
+        handler: Rc::clone(handler),
+    });
+    let slots = Arc::new(Semaphore::new(max_connections));
     let mut connections = JoinSet::new();
     tokio::select! {
         biased;
-        () = proxy.stop.begun() => {}
-        () = accept(&listener, check, limit, &proxy, &mut connections) => {}
+        () = handler.shutdown.wait() => {}
+        () = accept(&listener, &slots, &admission, &mut connections) => {}
     }
     drop(listener);
-    log::tell_systemd(&sd_notify::NotifyState::Stopping);
+    notify_systemd(&NotifyState::Stopping);
     let all = async { while connections.join_next().await.is_some() {} };
     let _ = timeout(DRAIN_TIMEOUT, all).await;
     connections.shutdown().await;
 }
 
-/// Never ends.
+/// Never returns.
 async fn accept(
     listener: &TcpListener,
-    check: Option<PeerCheck>,
-    limit: usize,
-    proxy: &Rc<Proxy>,
+    slots: &Arc<Semaphore>,
+    admission: &Rc<Admission>,
     connections: &mut JoinSet<()>,
 ) {
-    let check = Rc::new(check);
-    let [places, refused] = [limit, MAX_REFUSED].map(|places| Arc::new(Semaphore::new(places)));
-    // For each user who is served, something that each of its connections has.
-    let shares: Rc<RefCell<HashMap<_, Rc<()>>>> = Rc::default();
     let mut is_failing = false;
     loop {
-        let place = Arc::clone(&places).acquire_owned().await;
-        // Those that have ended.
+        let permit = Arc::clone(slots).acquire_owned().await;
+        // Frees the memory of those that have ended.
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
-            // Where `route_localnet` is on, neighbours reach 127.0.0.1, too.
+            // Where `route_localnet` is on, neighbouring hosts can reach 127.0.0.1.
             Ok((_, peer)) if !peer.ip().to_canonical().is_loopback() => {}
             Ok((stream, _)) => {
                 is_failing = false;
-                let (check, refused) = (Rc::clone(&check), Arc::clone(&refused));
-                let (proxy, shares) = (Rc::clone(proxy), Rc::clone(&shares));
-                connections.spawn_local(async move {
-                    let (uid, is_allowed) = match &*check {
-                        Some(check) => check.identify(&stream).await,
-                        None => (None, true),
-                    };
-                    let share = (check.is_some() && is_allowed)
-                        .then(|| Rc::clone(shares.borrow_mut().entry(uid).or_default()));
-                    // The map has one, too.
-                    let count = share
-                        .as_ref()
-                        .map_or(0, |share| Rc::strong_count(share) - 1);
-                    let exceeds_share = count > limit.div_ceil(2);
-                    let peer = Peer {
-                        uid,
-                        is_denied: !is_allowed || exceeds_share,
-                        exceeds_share,
-                    };
-                    if !peer.is_denied {
-                        return connection::serve(stream, peer, proxy).await;
-                    }
-                    drop((place, share));
-                    if let Ok(_place) = refused.try_acquire() {
-                        let serving = connection::serve(stream, peer, proxy);
-                        let _ = timeout(REFUSED_TIMEOUT, serving).await;
-                    }
-                });
+                let admission = Rc::clone(admission);
+                connections.spawn_local(async move { admission.admit(stream, permit).await });
             }
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 if !std::mem::replace(&mut is_failing, true) {
-                    log::line(format_args!("cannot accept a connection: {error}; waiting"));
+                    log!("cannot accept a connection: {error}; waiting");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -197,31 +170,71 @@ async fn accept(
     }
 }
 
+/// Which clients are served, and with how many connections.
+struct Admission {
+    check: Option<PeerCheck>,
+    /// The most slots of one user.
+    max_share: usize,
+    /// For each user served so far, a counter that each of the user's connections holds.
+    shares: RefCell<HashMap<Option<u32>, Rc<()>>>,
+    denied_slots: Semaphore,
+    handler: Rc<Handler>,
+}
+
+impl Admission {
+    /// Serves a client that has a slot, or gives the slot back and denies the client.
+    async fn admit(&self, stream: TcpStream, permit: impl Sized) {
+        let (uid, is_allowed) = match &self.check {
+            Some(check) => check.identify(&stream).await,
+            None => (None, true),
+        };
+        let is_counted = self.check.is_some() && is_allowed;
+        let share = is_counted.then(|| Rc::clone(self.shares.borrow_mut().entry(uid).or_default()));
+        // The map has one reference, too.
+        let exceeds_share = share
+            .as_ref()
+            .is_some_and(|share| Rc::strong_count(share) - 1 > self.max_share);
+        let peer = Peer {
+            uid,
+            is_denied: !is_allowed || exceeds_share,
+            exceeds_share,
+        };
+        if !peer.is_denied {
+            return connection::serve(stream, peer, &self.handler).await;
+        }
+        drop((permit, share));
+        if let Ok(_permit) = self.denied_slots.try_acquire() {
+            let serving = connection::serve(stream, peer, &self.handler);
+            let _ = timeout(DENIED_TIMEOUT, serving).await;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpStream;
     use tokio::task::{LocalSet, spawn_local};
-    use tokio::time::Instant;
+    use tokio::{net::TcpStream, time::Instant};
 
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_in_flight_at_the_end_has_30_seconds() {
+    async fn open_requests_have_30_s_after_shutdown_starts() {
         let story = async {
             let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("http://{}/", upstream.local_addr().unwrap());
-            let proxy = Proxy::for_tests(&url);
+            let proxy = Handler::for_tests(&url);
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let running = spawn_local(run(listener, None, 1, Rc::clone(&proxy)));
+            let handler = Rc::clone(&proxy);
+            let running = spawn_local(async move { run(listener, None, 1, &handler).await });
             let mut client = TcpStream::connect(address).await.unwrap();
             let request = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
             client.write_all(request).await.unwrap();
             let (mut stream, _) = upstream.accept().await.unwrap();
             stream.read_exact(&mut [0; 16]).await.unwrap();
             let begun = Instant::now();
-            proxy.stop.begin();
+            proxy.shutdown.trigger();
             running.await.unwrap();
             let lasted = begun.elapsed().as_millis();
             assert!((30_000..30_010).contains(&lasted), "{lasted} ms");

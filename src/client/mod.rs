@@ -1,5 +1,4 @@
-//! What comes in: connections, with who is at their other end. What leaves is one request after the other,
-//! for an exchange, and the way a connection is ended.
+//! The listening socket and client connections. Each request goes to the [`Handler`](crate::exchange::Handler).
 
 mod connection;
-pub mod listener;
+pub(crate) mod listener;

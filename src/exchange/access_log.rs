@@ -40,8 +40,6 @@ impl Drop for AccessLogEntry {
         let milliseconds = self.started.elapsed().as_millis();
         let error = self.error.get_mut().iter();
         let error: String = error.map(|error| format!(" error={error:?}")).collect();
-        log::line(format_args!(
-            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}"
-        ));
+        log!("request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}");
     }
 }

@@ -1,25 +1,18 @@
 //! Message bodies in transit: counted, copied for dumps, and tied to the connection they come from.
 
-use std::cell::Cell;
-use std::io;
-use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::{cell::Cell, io, pin::Pin, rc::Rc, time::Duration};
 
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use tokio::time::{Sleep, sleep};
 
-use super::access_log::AccessLogEntry;
-use super::connection_state::ConnectionState;
-use super::dump::Tap;
-use crate::flush::FlushState;
-use crate::log::with_sources;
+use super::{access_log::AccessLogEntry, connection_state::ConnectionState, dump::Tap};
 use crate::upstream::{BodyError, Upstream, UpstreamConnection};
+use crate::{flush::FlushState, log::with_sources};
 
 /// The body of a response to a client: one of our own, or the upstream's.
-pub type ResponseBody = Either<Full<Bytes>, Download>;
+pub(crate) type ResponseBody = Either<Full<Bytes>, Download>;
 
 /// How long a request's body may make no progress while the upstream accepts more: its connection
 /// holds a slot meanwhile.
@@ -77,7 +70,7 @@ impl Body for Upload {
 
 /// A response's body on its way to the client. Dropped before its end, it closes the upstream connection,
 /// which is how the upstream learns that the client has left.
-pub struct Download {
+pub(crate) struct Download {
     pub(super) body: Incoming,
     pub(super) upstream: Rc<Upstream>,
     /// `None` once the body is complete.
@@ -129,7 +122,7 @@ impl Body for Download {
             }
             Some(Err(error)) => {
                 let detail = with_sources(&error);
-                let message = format!("answer broken off: {detail}");
+                let message = format!("response truncated: {detail}");
                 this.entry.error.replace(Some(message));
                 this.deferred_error = Some(error);
                 Pin::new(this).poll_frame(cx)

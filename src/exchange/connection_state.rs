@@ -10,18 +10,18 @@ use crate::flush::FlushState;
 
 /// The process at the other end of a client connection.
 #[derive(Clone, Copy, Default)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its uid, where the kernel was asked.
-    pub uid: Option<u32>,
+    pub(crate) uid: Option<u32>,
     /// Whether its user may not be served.
-    pub is_denied: bool,
-    /// Whether that is because the user already has its share of the connections.
-    pub exceeds_share: bool,
+    pub(crate) is_denied: bool,
+    /// Whether that is with_source the user already has its share of the connections.
+    pub(crate) exceeds_share: bool,
 }
 
 /// How far the connection's last request has come.
 #[derive(Default)]
-pub struct ConnectionState {
+pub(crate) struct ConnectionState {
     version: Cell<Option<Version>>,
     is_request_complete: Cell<bool>,
     tunnel: RefCell<Option<Tunnel>>,
@@ -58,5 +58,16 @@ impl ConnectionState {
 
     pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
         self.tunnel.take()
+    }
+}
+
+#[cfg(test)]
+impl ConnectionState {
+    pub(crate) fn for_tests(version: Option<Version>, is_request_complete: bool) -> Self {
+        Self {
+            version: Cell::new(version),
+            is_request_complete: Cell::new(is_request_complete),
+            ..Self::default()
+        }
     }
 }

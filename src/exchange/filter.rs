@@ -1,85 +1,92 @@
-//! Which requests go through: exactly one kind.
+//! Decides which requests are forwarded.
 
 use hyper::header::{self, HeaderValue};
-use hyper::http::request::Parts;
-use hyper::http::uri::Authority;
 use hyper::{Method, StatusCode, Version};
+use hyper::{http::request::Parts, http::uri::Authority};
 
-use super::connection_state::Peer;
-use super::headers::named_by_connection;
-use crate::failure::Failure;
+use super::{connection_state::Peer, headers::named_by_connection};
+use crate::error::ErrorReply;
 use crate::upstream::target::{is_loopback, usable_port};
 use crate::upstream::{Kind, is_chunked, is_websocket};
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
 
-/// The path that ends the process, where that is enabled.
+/// Starts shutdown, with `--http-shutdown`.
 const SHUTDOWN_PATH: &str = "/shutdown";
 
-/// Headers that only a browser sends, and that a page's script can't leave out or forge
-/// (Fetch standard, forbidden request headers).
+/// Headers that only browsers send. A page's script can neither omit nor forge them (Fetch standard,
+/// forbidden request headers).
 const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
-const USER: Failure = Failure::forbidden(
+const USER_NOT_ALLOWED: ErrorReply = ErrorReply::forbidden(
     "user_not_allowed",
-    "this user may not use this proxy, or its connection was closed too early to tell whose it is",
+    "this user is not allowed, or disconnected before being identified",
 );
-const SHARE: Failure = Failure::new(
+const TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
     StatusCode::SERVICE_UNAVAILABLE,
     "too_many_connections",
-    "this user has half of all connections, and no user may have more: close some",
+    "this user holds half of all connections, the most for one user: close some",
 );
-const BROWSER: Failure = Failure::forbidden(
+const BROWSER_REQUEST: ErrorReply = ErrorReply::forbidden(
     "browser_not_allowed",
-    "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are refused",
+    "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected",
 );
-const FOREIGN_HOST: Failure = Failure::forbidden(
+const HOST_NOT_LOOPBACK: ErrorReply = ErrorReply::forbidden(
     "host_not_allowed",
     "the Host header must name this machine: localhost or a loopback address",
 );
-const NO_HOST: Failure = Failure::malformed("an HTTP/1.1 request has exactly one Host header");
-const CODING: Failure = Failure::malformed("the only transfer coding understood here is chunked");
-const LENGTH: Failure = Failure::malformed("the Content-Length is 2^63 or more");
-const OTHER: Failure = Failure::forbidden(
+const HOST_COUNT: ErrorReply =
+    ErrorReply::bad_request("an HTTP/1.1 request must have exactly one Host header");
+const UNSUPPORTED_TRANSFER_ENCODING: ErrorReply =
+    ErrorReply::bad_request("unsupported Transfer-Encoding: only chunked is accepted");
+const LENGTH_TOO_LARGE: ErrorReply = ErrorReply::bad_request("the Content-Length is 2^63 or more");
+const NOT_FORWARDED: ErrorReply = ErrorReply::forbidden(
     "not_allowed",
-    "this proxy forwards POST /v1/responses, without a query, and WebSocket handshakes there if started with --websocket",
+    "this proxy forwards only POST /v1/responses without a query, and WebSocket handshakes on it if started with --websocket",
 );
-const NOT_DUMPED: Failure = Failure::new(
+const NOT_DUMPED: ErrorReply = ErrorReply::new(
     StatusCode::UPGRADE_REQUIRED,
     "websocket_not_dumped",
-    "with --dump-dir this proxy forwards no WebSocket handshakes: use POST /v1/responses",
+    "this proxy was started with --dump-dir and forwards no WebSocket handshakes: use POST /v1/responses",
 );
 
 /// What is allowed in addition to `POST /v1/responses`.
 #[derive(Clone, Copy, Default)]
-pub struct Allowed {
+pub(crate) struct Allowed {
     /// `GET /shutdown` ends the process.
-    pub http_shutdown: bool,
+    pub(crate) http_shutdown: bool,
     /// WebSocket handshakes are forwarded.
-    pub websocket: bool,
+    pub(crate) websocket: bool,
     /// Exchanges are dumped, which tunnels cannot be: their frames are masked and may be compressed.
-    pub is_dumping: bool,
+    pub(crate) is_dumping: bool,
 }
 
-/// What is to be done with a request that isn't refused.
+/// What happens to a request that isn't rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wanted {
-    /// Send it to the upstream.
+pub(super) enum Route {
+    /// It is forwarded.
     Forward(Kind),
-    /// Answer 200 and end.
+    /// It starts shutdown.
     Shutdown,
 }
 
-/// Decides on a request by whose it is and its head alone.
-pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Wanted, Failure> {
+/// Decides by the peer and the request's head alone.
+pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Route, ErrorReply> {
     let headers = &request.headers;
-    if peer.is_denied {
-        return Err(if peer.exceeds_share { SHARE } else { USER });
+    match peer {
+        Peer {
+            exceeds_share: true,
+            ..
+        } => return Err(TOO_MANY_CONNECTIONS),
+        Peer {
+            is_denied: true, ..
+        } => return Err(USER_NOT_ALLOWED),
+        _ => {}
     }
     let is_there = |name: &&str| headers.contains_key(*name);
     if BROWSER_HEADERS.iter().any(is_there) {
-        return Err(BROWSER);
+        return Err(BROWSER_REQUEST);
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
     // (RFC 9112, section 3.2); HTTP/1.0 knows none.
@@ -87,36 +94,38 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Wa
     match (hosts.next(), hosts.next()) {
         (None, _) if request.version == Version::HTTP_10 => {}
         (Some(host), None) if is_loopback_host(host) => {}
-        (Some(_), None) => return Err(FOREIGN_HOST),
-        _ => return Err(NO_HOST),
+        (Some(_), None) => return Err(HOST_NOT_LOOPBACK),
+        _ => return Err(HOST_COUNT),
     }
-    // Dropping the header of another one would change what the body says.
+    // The header is not forwarded, so any other coding would make the body unreadable.
     if is_chunked(headers).is_none() {
-        return Err(CODING);
+        return Err(UNSUPPORTED_TRANSFER_ENCODING);
     }
-    // Negative for a reader whose lengths are signed.
+    // Some readers parse it as a signed number.
     let length = headers.get(header::CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
     if length > Some(i64::MAX as u64) {
-        return Err(LENGTH);
+        return Err(LENGTH_TOO_LARGE);
     }
-    // `Uri` keeps scheme and authority of an absolute-form target apart, and the path to the letter.
+    // An absolute-form target has a scheme and an authority. The path is compared byte for byte.
     let uri = &request.uri;
     let is_origin_form = uri.authority().is_none() && uri.scheme().is_none();
     let target = uri.path_and_query().filter(|_| is_origin_form);
     match (&request.method, target.map(|target| target.as_str())) {
-        (&Method::POST, Some(PATH)) => Ok(Wanted::Forward(Kind::Post)),
-        (&Method::GET, Some(PATH)) if !allowed.websocket || !is_handshake(request) => Err(OTHER),
-        // Codex falls back to POST at once.
+        (&Method::POST, Some(PATH)) => Ok(Route::Forward(Kind::Post)),
+        (&Method::GET, Some(PATH)) if !allowed.websocket || !is_handshake(request) => {
+            Err(NOT_FORWARDED)
+        }
+        // On this error, Codex uses POST at once.
         (&Method::GET, Some(PATH)) if allowed.is_dumping => Err(NOT_DUMPED),
-        (&Method::GET, Some(PATH)) => Ok(Wanted::Forward(Kind::Handshake)),
-        (&Method::GET, Some(SHUTDOWN_PATH)) if allowed.http_shutdown => Ok(Wanted::Shutdown),
-        _ => Err(OTHER),
+        (&Method::GET, Some(PATH)) => Ok(Route::Forward(Kind::Handshake)),
+        (&Method::GET, Some(SHUTDOWN_PATH)) if allowed.http_shutdown => Ok(Route::Shutdown),
+        _ => Err(NOT_FORWARDED),
     }
 }
 
-/// Whether a GET request is a WebSocket handshake and nothing more (RFC 6455, section 4.1). Key, version and
-/// extensions are the upstream's to check.
+/// Whether a GET request is a WebSocket handshake and nothing more (RFC 6455, section 4.1). The upstream
+/// checks key, version and extensions.
 fn is_handshake(request: &Parts) -> bool {
     let headers = &request.headers;
     let mut connection = headers.get_all(header::CONNECTION).iter();
@@ -127,7 +136,7 @@ fn is_handshake(request: &Parts) -> bool {
         && connection.any(|value| named_by_connection(value).any(|name| name == header::UPGRADE))
 }
 
-/// `localhost` or a loopback address, and perhaps a port.
+/// `localhost` or a loopback address, with or without a port.
 fn is_loopback_host(host: &HeaderValue) -> bool {
     let Ok(authority) = Authority::try_from(host.as_bytes()) else {
         return false;
@@ -169,7 +178,7 @@ mod tests {
             let request = head("POST", PATH, &[("host", host)]);
             assert_eq!(
                 decide(&request, Peer::default(), Allowed::default()),
-                Ok(Wanted::Forward(Kind::Post)),
+                Ok(Route::Forward(Kind::Post)),
                 "{host}"
             );
         }
@@ -215,8 +224,8 @@ mod tests {
         for (length, expected) in [
             ("0", None),
             ("9223372036854775807", None),
-            ("9223372036854775808", Some(LENGTH)),
-            ("18446744073709551613", Some(LENGTH)),
+            ("9223372036854775808", Some(LENGTH_TOO_LARGE)),
+            ("18446744073709551613", Some(LENGTH_TOO_LARGE)),
         ] {
             let headers = [("host", "localhost"), ("content-length", length)];
             let decision = decide(
@@ -241,7 +250,7 @@ mod tests {
                 Peer::default(),
                 allowed(true)
             ),
-            Ok(Wanted::Shutdown)
+            Ok(Route::Shutdown)
         );
         for (method, target, enabled) in [
             ("GET", "/shutdown", false),

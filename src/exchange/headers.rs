@@ -1,13 +1,13 @@
-//! Headers on their way through: end-to-end ones pass, the others end here.
+//! Which headers are forwarded.
 
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use crate::upstream::Kind;
 
-/// Whether a header is about one connection and not about the message (RFC 9110, sections 7.6.1, 11.7
-/// and 6.6.2): those that a proxy must not pass on, whether `Connection` names them or not.
+/// Whether a header belongs to one connection and not to the message (RFC 9110, sections 7.6.1, 11.7 and
+/// 6.6.2). A proxy must not forward it, whether `Connection` names it or not.
 ///
-/// `Trailer` is among them because trailer fields are left out, see [`super::body`].
+/// `Trailer` is one of them because trailer fields are not forwarded, see [`super::body`].
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
@@ -23,8 +23,8 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
-/// The headers of a request for the upstream: the client's end-to-end ones, with a `Host` of ours. The
-/// credential is added later, on the wire; the client has its 100 (Continue) from us.
+/// The headers of a forwarded request: the client's end-to-end ones, with the upstream's `Host`. The stream
+/// adds the credential later. `Expect` is left out because hyper sends the 100 (Continue).
 pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue, kind: Kind) -> HeaderMap {
     let mut headers = end_to_end(client, &[header::AUTHORIZATION, header::EXPECT]);
     headers.insert(header::HOST, host);
@@ -34,28 +34,27 @@ pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue, kind: Kind) -> 
     headers
 }
 
-/// Adds the two headers by which either side switches its connection to a WebSocket (RFC 6455, section 4).
+/// Adds the two headers that switch a connection to a WebSocket (RFC 6455, section 4).
 pub(super) fn switch_protocol(headers: &mut HeaderMap) {
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
 }
 
-/// The end-to-end headers of a message in their order, but for those that are `replaced`.
+/// The end-to-end headers of a message in their order, without the `replaced` ones.
 pub(super) fn end_to_end(from: HeaderMap, replaced: &[HeaderName]) -> HeaderMap {
     let connection = from.get_all(header::CONNECTION).iter();
-    let disowned: Vec<_> = connection.flat_map(named_by_connection).collect();
-    let ends_here = |name: &HeaderName| {
-        is_hop_by_hop(name) || replaced.contains(name) || disowned.contains(name)
-    };
-    if !from.keys().any(ends_here) {
+    let named: Vec<_> = connection.flat_map(named_by_connection).collect();
+    let is_dropped =
+        |name: &HeaderName| is_hop_by_hop(name) || replaced.contains(name) || named.contains(name);
+    if !from.keys().any(is_dropped) {
         return from;
     }
-    // A new map, since taking one out of a map moves others. The name comes with the first of its values only.
+    // A new map, since removing a header moves others. Only the first of a header's values has the name.
     let mut headers = HeaderMap::with_capacity(from.len());
     let mut current = None;
     for (name, value) in from {
         if let Some(name) = name {
-            current = Some(name).filter(|name| !ends_here(name));
+            current = Some(name).filter(|name| !is_dropped(name));
         }
         if let Some(name) = &current {
             headers.append(name, value);
@@ -64,10 +63,10 @@ pub(super) fn end_to_end(from: HeaderMap, replaced: &[HeaderName]) -> HeaderMap 
     headers
 }
 
-/// The headers that a `Connection` header says are about the connection (RFC 9110, section 7.6.1).
+/// The headers that a `Connection` header names (RFC 9110, section 7.6.1).
 ///
-/// `Content-Length` can't be disowned in this way: without it the message would be another one; that
-/// section speaks of fields "intended solely for the immediate recipient".
+/// `Content-Length` is ignored: without it the message would be another one, and that section is about
+/// fields "intended solely for the immediate recipient".
 pub(super) fn named_by_connection(value: &HeaderValue) -> impl Iterator<Item = HeaderName> {
     let names = value.as_bytes().split(|&byte| byte == b',');
     names
@@ -92,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn end_to_end_headers_go_up_in_order() {
+    fn end_to_end_headers_are_forwarded_in_order() {
         let client = map(&[
             ("host", "localhost:1"),
             ("b", "1"),

@@ -1,13 +1,12 @@
-//! One exchange: a request comes in with whose it is, and is decided on; what may pass goes up, and its
-//! answer leaves. Whatever happens, it is logged.
+//! One request: the filter decides, and what it allows is forwarded; the response, or the tunnel, goes
+//! back to the client's connection. However it ends, it is logged.
 
 mod access_log;
 mod body;
 mod connection_state;
-pub mod dump;
+pub(crate) mod dump;
 mod filter;
 mod headers;
-mod refusal;
 mod tunnel;
 
 use std::rc::Rc;
@@ -15,39 +14,34 @@ use std::rc::Rc;
 use http_body_util::Either;
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
-use hyper::http::request::Parts;
-use hyper::http::response;
+use hyper::http::{request, response};
 use hyper::{Request, Response, StatusCode, Version};
 use serde_json::json;
 
 use self::access_log::AccessLogEntry;
-use self::body::Upload;
-pub use self::body::{Download, ResponseBody};
-pub use self::connection_state::{ConnectionState, Peer};
+use self::body::{Download, ResponseBody, Upload};
+pub(crate) use self::connection_state::{ConnectionState, Peer};
 use self::dump::Dumper;
-pub use self::filter::Allowed;
-use self::filter::Wanted;
+pub(crate) use self::filter::Allowed;
+use self::filter::Route;
 use self::tunnel::Tunnel;
-use crate::failure::Failure;
+use crate::error::ErrorReply;
 use crate::log;
-use crate::stop::Stop;
-use crate::upstream::{self, Kind, Upstream, UpstreamConnection};
+use crate::shutdown::Shutdown;
+use crate::upstream::{Kind, Upstream, UpstreamConnection, drain_available};
 
-/// What all exchanges have in common.
-pub struct Proxy {
-    /// Where requests go.
-    pub upstream: Rc<Upstream>,
-    /// What may pass or be asked for beside `POST`.
-    pub allowed: Allowed,
-    /// Writes exchanges to files, where that is asked for.
-    pub dumper: Option<Dumper>,
-    /// Begins the end.
-    pub stop: Stop,
+/// What all requests share.
+pub(crate) struct Handler {
+    pub(crate) upstream: Rc<Upstream>,
+    pub(crate) allowed: Allowed,
+    /// Writes dumps, with `--dump-dir`.
+    pub(crate) dumper: Option<Dumper>,
+    pub(crate) shutdown: Shutdown,
 }
 
-impl Proxy {
-    /// Answers one request.
-    pub async fn answer(
+impl Handler {
+    /// Responds to one request.
+    pub(crate) async fn handle(
         &self,
         peer: Peer,
         state: Rc<ConnectionState>,
@@ -56,20 +50,32 @@ impl Proxy {
         let (head, mut body) = request.into_parts();
         let version = head.version;
         state.begin_request(version, &body);
-        // hyper follows the chunks where there is a length, too: such a connection must not go on
+        // hyper follows the chunks where there is a length, too: such a connection must be closed
         // (RFC 9112, section 6.1).
         let is_last = peer.is_denied
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
-        let mut response = match filter::decide(&head, peer, self.allowed) {
-            Ok(Wanted::Forward(kind)) => self.forward(peer, &state, kind, head, body).await,
-            decision => {
-                // Who waits for a 100 (Continue) has sent nothing, and need not.
-                if !is_last && !head.headers.contains_key(EXPECT) {
-                    upstream::discard(&mut body).await;
+        // A client that waits for a 100 (Continue) has sent no body, and need not.
+        let is_drained = !is_last && !head.headers.contains_key(EXPECT);
+        let route = filter::decide(&head, peer, self.allowed);
+        let mut response = match route {
+            Ok(Route::Forward(kind)) => self.forward(peer, &state, kind, head, body).await,
+            not_forwarded => {
+                if is_drained {
+                    drain_available(&mut body).await;
                     state.set_request_complete(body.is_end_stream());
                 }
-                self.end_here(decision.err(), &log::uid(peer.uid))
+                match not_forwarded {
+                    Err(reply) => {
+                        log::rejection(peer.uid, reply.status.as_u16(), reply.message);
+                        reply.response().map(Either::Left)
+                    }
+                    Ok(_) => {
+                        log!("stopping: GET /shutdown by uid={}", log::uid(peer.uid));
+                        self.shutdown.trigger();
+                        Response::new(Either::Left(Bytes::new().into()))
+                    }
+                }
             }
         };
         *response.version_mut() = version;
@@ -80,33 +86,21 @@ impl Proxy {
         response
     }
 
-    /// Refuses a request, or ends the program.
-    fn end_here(&self, refusal: Option<Failure>, uid: &str) -> Response<ResponseBody> {
-        let Some(refusal) = refusal else {
-            log::line(format_args!("stopping: GET /shutdown by uid={uid}"));
-            self.stop.begin();
-            return Response::new(Either::Left(Bytes::new().into()));
-        };
-        let (status, reason) = (refusal.status.as_u16(), refusal.message);
-        log::line(format_args!(
-            "refused uid={uid} status={status} reason={reason:?}"
-        ));
-        refusal::response(&refusal)
-    }
-
     async fn forward(
         &self,
         peer: Peer,
         state: &Rc<ConnectionState>,
         kind: Kind,
-        head: Parts,
+        head: request::Parts,
         body: Incoming,
     ) -> Response<ResponseBody> {
-        let dumper = self.dumper.as_ref();
-        let dump = dumper.map(|dumper| (dumper, dumper.next_name()));
+        let dump = self
+            .dumper
+            .as_ref()
+            .map(|dumper| (dumper, dumper.next_name()));
         let tap = dump.as_ref().map(|(dumper, name)| {
-            let about = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
-            dumper.begin(&format!("{name}-request.json"), about, &head.headers)
+            let start = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
+            dumper.begin(&format!("{name}-request.json"), start, &head.headers)
         });
         let entry = Rc::new(AccessLogEntry::new(peer.uid));
         let upload = Upload {
@@ -121,7 +115,7 @@ impl Proxy {
         let outcome = self.upstream.send(kind, headers, Box::pin(upload)).await;
         let (connection, response) = match outcome {
             Ok(response) => response,
-            Err(failure) => return fail(&failure, &entry),
+            Err(reply) => return fail(&reply, &entry),
         };
         let (mut head, body) = response.into_parts();
         entry.status.set(head.status.as_u16());
@@ -129,8 +123,8 @@ impl Proxy {
             return switch(state, connection, head, entry).await;
         }
         let tap = dump.map(|(dumper, name)| {
-            let about = json!({ "status": entry.status.get() });
-            dumper.begin(&format!("{name}-response.json"), about, &head.headers)
+            let start = json!({ "status": head.status.as_u16() });
+            dumper.begin(&format!("{name}-response.json"), start, &head.headers)
         });
         head.headers = headers::end_to_end(head.headers, &[]);
         let mut download = Download {
@@ -156,7 +150,7 @@ async fn switch(
 ) -> Response<ResponseBody> {
     let Some((upstream, early)) = connection.into_upgraded().await else {
         let message = "the upstream switched protocols before it had the whole request (protocol)";
-        return fail(&Failure::no_answer(message), &entry);
+        return fail(&ErrorReply::bad_gateway(message), &entry);
     };
     state.set_tunnel(Tunnel {
         upstream,
@@ -168,20 +162,20 @@ async fn switch(
     Response::from_parts(head, Either::Left(Bytes::new().into()))
 }
 
-/// The step that failed, in plain words; the rest is logged.
-fn fail(failure: &Failure, entry: &AccessLogEntry) -> Response<ResponseBody> {
-    entry.status.set(failure.status.as_u16());
-    let error = format!("{}: {}", failure.message, failure.detail);
+/// Names the step that failed. The detail is for the log.
+fn fail(reply: &ErrorReply, entry: &AccessLogEntry) -> Response<ResponseBody> {
+    entry.status.set(reply.status.as_u16());
+    let error = format!("{}: {}", reply.message, reply.detail);
     entry.error.replace(Some(error));
-    refusal::response(failure)
+    reply.response().map(Either::Left)
 }
 
 #[cfg(test)]
-impl Proxy {
+impl Handler {
     /// In front of this upstream, with a key of its own.
     pub(crate) fn for_tests(url: &str) -> Rc<Self> {
-        let target = upstream::target::Target::parse(url).unwrap();
-        let connector = upstream::Connector::new(&target, None, None).unwrap();
+        let target = crate::upstream::target::Target::parse(url).unwrap();
+        let connector = crate::upstream::Connector::new(&target, None, None).unwrap();
         let mut key: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| std::io::Read::read(&mut key, buffer);
         let rule = crate::key::KeyRule::OPENAI;
@@ -190,7 +184,7 @@ impl Proxy {
             upstream: Rc::new(Upstream::new(target, connector, credential)),
             allowed: Allowed::default(),
             dumper: None,
-            stop: Stop::default(),
+            shutdown: Shutdown::default(),
         })
     }
 }

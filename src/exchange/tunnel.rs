@@ -1,13 +1,7 @@
 //! A WebSocket after its handshake: bytes are copied both ways as they arrive, and never looked at.
 
-use std::cell::Cell;
-use std::future::poll_fn;
-use std::io;
-use std::mem::MaybeUninit;
-use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::{cell::Cell, future::poll_fn, io, mem::MaybeUninit, pin::Pin, rc::Rc, time::Duration};
 
 use hyper::body::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -15,8 +9,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::access_log::AccessLogEntry;
-use crate::stop::Stop;
-use crate::upstream::Stream;
+use crate::{shutdown::Shutdown, upstream::Stream};
 
 /// How much is read at once, in bytes. The space is on the stack: an idle tunnel holds no buffer.
 const READ_SIZE: usize = 16 << 10;
@@ -40,7 +33,7 @@ impl Tunnel {
         mut self,
         mut client: impl AsyncRead + AsyncWrite + Unpin,
         early: Bytes,
-        stop: &Stop,
+        shutdown: &Shutdown,
     ) {
         // Stays so if the tunnel is dropped, which only the end of the shutdown does.
         let error = "still open at the end of the shutdown";
@@ -60,7 +53,7 @@ impl Tunnel {
         let outcome = tokio::select! {
             biased;
             outcome = copying => outcome,
-            () = activity.falls_silent(stop) => match stop.has_begun() {
+            () = activity.falls_silent(shutdown) => match shutdown.is_triggered() {
                 true => Ok(()),
                 false => Err(io::Error::other("one side closed and the other did not")),
             },
@@ -80,10 +73,10 @@ struct Activity {
 
 impl Activity {
     /// Returns once a side has closed or shutdown has begun, and nothing has been passed on for some time.
-    async fn falls_silent(&self, stop: &Stop) {
+    async fn falls_silent(&self, shutdown: &Shutdown) {
         tokio::select! {
             () = self.closed.notified() => {}
-            () = stop.begun() => {}
+            () = shutdown.wait() => {}
         }
         while self.last.get().elapsed() < SILENCE_LIMIT {
             sleep_until(self.last.get() + SILENCE_LIMIT).await;
@@ -176,7 +169,7 @@ mod tests {
     /// Runs a tunnel while `meanwhile` uses its two outer ends. Gives how long the tunnel lasted, in
     /// milliseconds, or `None` if it was still open after a day.
     async fn lasts(
-        meanwhile: impl AsyncFnOnce(&mut DuplexStream, &mut DuplexStream, &Stop),
+        meanwhile: impl AsyncFnOnce(&mut DuplexStream, &mut DuplexStream, &Shutdown),
     ) -> Option<u128> {
         let (mut client, inner_client) = duplex(100);
         let (mut upstream, inner_upstream) = duplex(100);
@@ -185,13 +178,13 @@ mod tests {
             early: Bytes::new(),
             entry: Rc::new(AccessLogEntry::new(None)),
         };
-        let stop = Stop::default();
+        let shutdown = Shutdown::default();
         let begun = Instant::now();
         let running = async {
-            tunnel.run(inner_client, Bytes::new(), &stop).await;
+            tunnel.run(inner_client, Bytes::new(), &shutdown).await;
             begun.elapsed().as_millis()
         };
-        let using = meanwhile(&mut client, &mut upstream, &stop);
+        let using = meanwhile(&mut client, &mut upstream, &shutdown);
         let day = Duration::from_secs(86_400);
         let (lasted, ()) = tokio::join!(timeout(day, running), using);
         lasted.ok()
@@ -234,14 +227,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn shutdown_closes_silent_tunnels_at_once_and_busy_ones_after_5_s() {
-        let silent = lasts(async |client, upstream, stop| {
+        let silent = lasts(async |client, upstream, shutdown| {
             send_after(1, client, upstream).await;
             sleep(Duration::from_secs(6)).await;
-            stop.begin();
+            shutdown.trigger();
         });
         assert_eq!(silent.await, Some(7_000));
-        let busy = lasts(async |client, upstream, stop| {
-            stop.begin();
+        let busy = lasts(async |client, upstream, shutdown| {
+            shutdown.trigger();
             send_after(4, client, upstream).await;
             send_after(4, upstream, client).await;
         });

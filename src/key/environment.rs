@@ -1,15 +1,15 @@
-//! The environment, looked at where it lies: `std::env::vars_os()` copies every value, and a key among
-//! them would stay behind in freed memory.
+//! The environment, visited in place: `std::env::vars_os()` copies every value, and a key among them would
+//! stay behind in freed memory.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, OsString, c_char};
 use std::os::unix::ffi::OsStringExt;
 
-/// Calls `look` with the name and the value of every variable; it may overwrite the value. Gives the
-/// names for which it says true.
+/// Calls `visit` with the name and value of every variable; it may overwrite the value. Returns the names for
+/// which it returns true.
 ///
 /// To be called only while there is one thread.
-pub fn names_where(mut look: impl FnMut(&[u8], &mut [u8]) -> bool) -> Vec<OsString> {
+pub(crate) fn visit_variables(mut visit: impl FnMut(&[u8], &mut [u8]) -> bool) -> Vec<OsString> {
     let mut found = Vec::new();
     let mut entry = environ();
     // SAFETY: `environ` (environ(7)) is an array of NUL-terminated strings that this process may write
@@ -26,7 +26,7 @@ pub fn names_where(mut look: impl FnMut(&[u8], &mut [u8]) -> bool) -> Vec<OsStri
             continue;
         };
         let (name, value) = variable.split_at_mut(equals);
-        if look(name, &mut value[1..]) {
+        if visit(name, &mut value[1..]) {
             found.push(OsString::from_vec(name.to_vec()));
         }
     }

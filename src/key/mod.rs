@@ -1,39 +1,35 @@
-//! The credential: comes in on stdin, once, and goes out as one header line, to the wire alone.
+//! The credential: read from stdin once, written to the upstream as one header line.
 //!
-//! It lies in a page of its own and is never copied from there. Nothing here knows of HTTP.
+//! It lies in a page of its own and is never copied from there. Nothing here knows HTTP.
 
-pub mod environment;
+pub(crate) mod environment;
 mod page;
 mod prompt;
 
-use std::ffi::OsString;
-use std::fmt;
-use std::fs::File;
 use std::io::{self, stdin};
-use std::ops::Range;
-use std::os::fd::AsFd;
+use std::{ffi::OsString, fmt, fs::File, ops::Range, os::fd::AsFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroize;
 
 use self::page::Page;
-use self::prompt::EchoOff;
+use self::prompt::EchoGuard;
 
-/// What stands before the key in its header line (RFC 6750, section 2.1).
+/// The header line up to the key (RFC 6750, section 2.1).
 const PREFIX: &[u8] = b"authorization: Bearer ";
 
-/// The byte order mark that some editors put in front of UTF-8 text.
+/// Some editors put it in front of UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Which keys are accepted: ASCII letters and digits, and what is named here.
+/// The keys that are accepted: ASCII letters, digits, and some other characters.
 #[derive(Clone, Copy)]
 pub struct KeyRule {
     /// The longest key, in bytes.
     pub max_length: usize,
     /// Other characters.
     others: &'static str,
-    /// Whether `=` may follow, as in base64.
+    /// Whether `=` may follow, as base64's padding.
     may_be_padded: bool,
 }
 
@@ -45,8 +41,8 @@ impl KeyRule {
         may_be_padded: false,
     };
 
-    /// Bearer tokens (RFC 6750, section 2.1, `b68token`) that fit the page with header name and CR LF. Some gateways
-    /// also use `:` and `|`.
+    /// Bearer tokens (RFC 6750, section 2.1, `b68token`) that fit the page together with the header's name and
+    /// CR LF. Some gateways also use `:` and `|`.
     pub const BEARER_TOKEN: Self = Self {
         max_length: page::BYTES - PREFIX.len() - b"\r\n".len(),
         others: "-._~+/:|",
@@ -56,43 +52,41 @@ impl KeyRule {
 
 /// The header line `authorization: Bearer KEY`, its CR LF included.
 ///
-/// There is no `Clone`, and `Debug` shows nothing of it. Dropping it wipes it.
+/// It cannot be cloned, and `Debug` does not show it. Dropping it wipes it.
 pub struct Credential {
     page: Page,
     length: usize,
 }
 
 impl Credential {
-    /// Reads the key from stdin and puts `/dev/null` in its place, since a file on stdin is a handle
-    /// that could be rewound.
-    ///
-    /// Reads to the first newline or to the end of the input; a byte order mark and white space around the key
-    /// don't count. On a terminal it is asked for with echo off.
+    /// Reads the key from stdin up to the first newline or the end of the input, without a byte order mark and
+    /// white space around it. On a terminal, prompts with the echo off. Then replaces stdin by `/dev/null`: a
+    /// file on stdin is a handle that could be rewound.
     ///
     /// # Errors
     ///
-    /// A sentence that says what is wrong and what to do, and repeats nothing of what was read.
+    /// A message that says what to do and repeats nothing of what was read.
     pub fn from_stdin(rule: KeyRule) -> Result<Self, String> {
-        let echo_off = EchoOff::and_ask().map_err(|error| {
+        let echo = EchoGuard::disable_and_prompt().map_err(|error| {
             format!("cannot turn the terminal's echo off: {error}; pipe the key in instead")
         })?;
         let mut has_read = false;
         let credential = Self::read(rule, |buffer| {
             match std::mem::replace(&mut has_read, true) {
-                // A terminal gives one line a read, whichever key ended it.
-                true if echo_off.is_some() => Ok(0),
+                // A read from a terminal returns one line, whichever character ended it.
+                true if echo.is_some() => Ok(0),
                 _ => read_stdin(buffer),
             }
         })?;
-        drop(echo_off);
+        drop(echo);
         File::open("/dev/null")
             .and_then(|null| Ok(nix::unistd::dup2_stdin(null)?))
             .map_err(|error| format!("cannot replace stdin by /dev/null: {error}"))?;
         Ok(credential)
     }
 
-    /// [`Credential::from_stdin`] from any source: `read` is read(2), fills the front of the buffer
-    /// and says how much; 0 is the end.
+    /// [`Credential::from_stdin`] from any source: `read` fills the front of the buffer and returns the number of
+    /// bytes, like read(2); 0 is the end.
     ///
     /// # Errors
     ///
@@ -125,20 +119,18 @@ impl Credential {
         Ok(Self { page, length })
     }
 
-    /// The line. Whoever calls this must hand the bytes to the wire and keep no copy.
-    #[must_use]
+    /// The line. The caller must write the bytes to the wire and keep no copy.
     pub fn header_line(&self) -> &[u8] {
         &self.page.bytes()[..self.length]
     }
 
-    /// Overwrites the key wherever the environment holds it and names the variables.
+    /// Overwrites the key wherever the environment contains it and returns the variables' names.
     ///
-    /// A key that also sits in `OPENAI_API_KEY` can be read in `/proc/PID/environ` by root, and is a
-    /// second copy in any case. To be called only while there is one thread.
-    #[must_use]
+    /// Such a key is a second copy, and root can read it in `/proc/PID/environ`. To be called only while there
+    /// is one thread.
     pub fn scrub_environment(&self) -> Vec<String> {
         let key = &self.header_line()[PREFIX.len()..self.length - 2];
-        let names = environment::names_where(|_, value| {
+        let names = environment::visit_variables(|_, value| {
             let mut is_found = false;
             while let Some(at) = value.windows(key.len()).position(|window| window == key) {
                 value[at..at + key.len()].fill(b'*');
@@ -157,8 +149,8 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// read(2), with no buffer of std's between; again when a signal interrupts it, and waiting where the
-/// descriptor is non-blocking.
+/// read(2) without a buffer of std's in between. Retries when interrupted, and waits if the descriptor is
+/// non-blocking.
 fn read_stdin(buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match nix::unistd::read(stdin(), buffer) {
@@ -173,7 +165,7 @@ fn read_stdin(buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// The range of `line` that is the key. If the line is cut off, it is longer than the page.
+/// The range of `line` that is the key. A line that is cut off is longer than the page.
 fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, String> {
     let text = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
     let start = line.len() - text.trim_ascii_start().len();
@@ -194,8 +186,7 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
         && key[equals..].iter().any(|&byte| byte != b'=')
     {
         return Err(
-            "what is on stdin looks like NAME=value: give the bare key, without a name before it"
-                .into(),
+            "stdin contains NAME=value: pipe in the bare key, without a name before it".into(),
         );
     }
     let is_padding = |byte: &u8| *byte == b'=' && rule.may_be_padded;

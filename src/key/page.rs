@@ -1,22 +1,18 @@
-//! The memory that holds the key: mapped for it alone, locked, read-only once it is filled, and wiped at the end.
+//! The page that holds the key: mapped for it alone, locked, read-only once filled, wiped on drop.
 
 use std::io;
 
 use memmap2::{Mmap, MmapMut};
 use zeroize::Zeroize;
 
-/// How much is mapped, in bytes; the kernel rounds it up to a whole page.
+/// The size of the mapping, in bytes; the kernel rounds it up to whole pages.
 pub(super) const BYTES: usize = 4096;
 
-/// A read-only page. Dropping it wipes it.
+/// A read-only page.
 pub(super) struct Page(Option<Mmap>);
 
 impl Page {
-    /// A page with what `fill` puts there, and what it says of that.
-    ///
-    /// # Errors
-    ///
-    /// That of `fill`, after the page is wiped, or a sentence on what the system refused.
+    /// A page with what `fill` writes to it, and what it returns. If it fails, the page is wiped.
     pub(super) fn filled<T>(
         fill: impl FnOnce(&mut [u8]) -> Result<T, String>,
     ) -> Result<(Self, T), String> {
@@ -30,7 +26,7 @@ impl Page {
         }
     }
 
-    /// All of it.
+    /// The whole page.
     pub(super) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
@@ -44,11 +40,11 @@ impl Drop for Page {
     }
 }
 
-/// Maps a zeroed page, locks it (mlock(2)) and keeps it out of dumps and forks (madvise(2)).
+/// Maps a zeroed page, locks it (mlock(2)) and excludes it from core dumps and forks (madvise(2)).
 fn locked() -> io::Result<MmapMut> {
     let map = MmapMut::map_anon(BYTES)?;
     map.lock()?;
-    // macOS dumps no core here (`RLIMIT_CORE` is zero), and this program never forks.
+    // macOS writes no core dump here (`RLIMIT_CORE` is zero), and this program never forks.
     #[cfg(target_os = "linux")]
     for advice in [memmap2::Advice::DontDump, memmap2::Advice::DontFork] {
         map.advise(advice)?;

@@ -1,123 +1,107 @@
-//! Puts the credential's header line in behind the request line, on the way from hyper to the wire.
+//! Adds the credential's header line behind the request line, between hyper and the wire.
 //!
-//! hyper keeps the head that it last wrote in a buffer for the life of a connection and never wipes it.
-//! So the credential is in no header: hyper writes a request without it, and this stream adds the line
-//! from the key's page, as one slice of the same vectored write. TLS encrypts a copy of it in place.
+//! hyper keeps the head that it last wrote in a buffer for the life of a connection and never wipes it. So the
+//! credential is in no header: hyper writes a request without it, and this stream adds the line from the
+//! key's page, as one slice of the same vectored write. TLS encrypts a copy of it in place.
 
-use std::cell::Cell;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
-use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
+use std::{cell::Cell, pin::Pin, rc::Rc, sync::Arc};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 
 use super::Kind;
-use crate::key::Credential;
-use crate::limits::MAX_INTERIM;
+use crate::{key::Credential, limits::MAX_INTERIM};
 
-/// What a read costs of the 128 units that tokio lets a task use before others run, besides its own: hyper
-/// may read on, up to 64 KiB at once, while it has nothing to pass on.
+/// What a read costs of the 128 units that tokio lets a task use before others run, in addition to its own.
+/// hyper may read on, up to 64 KiB at once, while it has nothing to forward.
 const READ_COST: u32 = 15;
 
-/// What all requests begin with: a request line, which hyper writes, and the credential's line.
-pub(super) struct Opening {
-    /// Request lines (RFC 9112, section 3), CR LF included.
-    post: Vec<u8>,
-    handshake: Vec<u8>,
+/// The most slices in a write that contains a prefix. hyper's head and some of the body are fewer; the rest
+/// goes into the next write.
+const MAX_SLICES: usize = 8;
+
+/// The beginning of every request: a request line, which hyper writes, and the credential's line.
+pub(super) struct RequestPrefix {
+    /// The request line for each [`Kind`] (RFC 9112, section 3), with its CR LF.
+    lines: [Vec<u8>; 2],
     credential: Credential,
 }
 
-/// A kind of request, and how many bytes of its request line and the credential's have been written.
+/// A request whose prefix is being written.
 #[derive(Clone, Copy)]
 pub(super) struct Announced {
     pub(super) kind: Kind,
-    written: usize,
+    /// How many bytes of the prefix have been written.
+    pub(super) offset: usize,
 }
 
-impl Announced {
-    /// A request of which nothing has been written.
-    pub(super) fn new(kind: Kind) -> Self {
-        Self { kind, written: 0 }
-    }
-}
+/// `None` while other bytes pass. Set before hyper is given a request.
+pub(super) type Announcement = Rc<Cell<Option<Announced>>>;
 
-impl Opening {
-    /// The opening of requests with this target in origin form.
+impl RequestPrefix {
+    /// The prefix of requests with this target in origin form.
     pub(super) fn new(origin_form: &str, credential: Credential) -> Self {
-        let line =
-            |kind: Kind| format!("{} {origin_form} HTTP/1.1\r\n", kind.method()).into_bytes();
+        let line = |kind: Kind| format!("{} {origin_form} HTTP/1.1\r\n", kind.method());
         Self {
-            post: line(Kind::Post),
-            handshake: line(Kind::Handshake),
+            lines: [Kind::Post, Kind::Handshake].map(|kind| line(kind).into_bytes()),
             credential,
         }
     }
 
-    fn line(&self, kind: Kind) -> &[u8] {
-        match kind {
-            Kind::Post => &self.post,
-            Kind::Handshake => &self.handshake,
-        }
-    }
-
-    /// What is to be written in place of `bufs`.
-    ///
-    /// # Errors
-    ///
-    /// hyper writes something else than the request line: the credential must not follow that.
+    /// What to write for `bufs`. An error if hyper writes anything but the request line: the credential
+    /// must not follow that.
     fn slices<'a>(
         &'a self,
         announced: Announced,
         bufs: &'a [IoSlice<'_>],
-    ) -> io::Result<Vec<IoSlice<'a>>> {
-        let line = self.line(announced.kind);
-        let begun = announced.written.saturating_sub(line.len());
-        let mut line = line.get(announced.written..).unwrap_or_default();
-        let mut credential = Some(&self.credential.header_line()[begun..]);
-        let mut slices = Vec::with_capacity(bufs.len() + 2);
+    ) -> io::Result<[IoSlice<'a>; MAX_SLICES]> {
+        let line = &self.lines[announced.kind as usize];
+        let written = announced.offset.saturating_sub(line.len());
+        let mut line = line.get(announced.offset..).unwrap_or_default();
+        let mut credential = Some(&self.credential.header_line()[written..]);
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        let mut free = slices.iter_mut();
+        let mut push = |bytes| {
+            free.by_ref()
+                .take(1)
+                .for_each(|slice| *slice = IoSlice::new(bytes))
+        };
         for buf in bufs {
             let (front, rest) = buf.split_at(line.len().min(buf.len()));
-            line = line
-                .strip_prefix(front)
-                .ok_or_else(|| io::Error::other("this is not the request that was announced"))?;
-            slices.push(IoSlice::new(front));
+            let unexpected = || io::Error::other("unexpected bytes in place of the request line");
+            line = line.strip_prefix(front).ok_or_else(unexpected)?;
+            push(front);
             if line.is_empty() {
-                slices.extend(credential.take().map(IoSlice::new));
+                push(credential.take().unwrap_or_default());
             }
-            slices.push(IoSlice::new(rest));
+            push(rest);
         }
         Ok(slices)
     }
 
     /// Accounts for a write of `count` bytes: what is announced from now on, and how many of the bytes
     /// were hyper's.
-    fn advance(&self, announced: Announced, count: usize) -> (Option<Announced>, usize) {
-        let Announced { kind, written } = announced;
-        let line = self.line(kind).len();
-        let both = line + self.credential.header_line().len();
-        let end = written + count;
-        let of_line = end.min(line).saturating_sub(written);
-        let behind = end.saturating_sub(both);
-        let next = Announced { kind, written: end };
-        ((end < both).then_some(next), of_line + behind)
+    fn account_for(&self, announced: Announced, count: usize) -> (Option<Announced>, usize) {
+        let Announced { kind, offset } = announced;
+        let line = self.lines[kind as usize].len();
+        let prefix = line + self.credential.header_line().len();
+        let end = offset + count;
+        let of_line = end.min(line).saturating_sub(offset);
+        let behind = end.saturating_sub(prefix);
+        let next = Announced { kind, offset: end };
+        ((end < prefix).then_some(next), of_line + behind)
     }
 }
-
-/// The request whose opening is being written; `None` while other bytes pass. It is set before hyper is
-/// given a request.
-pub(super) type Announcement = Rc<Cell<Option<Announced>>>;
 
 /// A stream to the upstream that adds the credential to each request.
 pub(super) struct AuthorizingStream<S> {
     pub(super) stream: S,
-    pub(super) opening: Rc<Opening>,
+    pub(super) prefix: Rc<RequestPrefix>,
     pub(super) announcement: Announcement,
-    /// How many interim responses the last request has had. Atomic only because hyper wants its callbacks
-    /// to be `Send`.
+    /// How many interim responses the last request has had. Atomic only because hyper's callbacks must be `Send`.
     pub(super) interim: Arc<AtomicU32>,
 }
 
@@ -154,15 +138,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         let this = self.get_mut();
         let mut stream = Pin::new(&mut this.stream);
         while let Some(announced) = this.announcement.get() {
-            let slices = this.opening.slices(announced, bufs)?;
-            let written = ready!(unless_closed(
-                stream.as_mut().poll_write_vectored(cx, &slices)
-            ))?;
-            let (next, hypers) = this.opening.advance(announced, written);
+            let slices = this.prefix.slices(announced, bufs)?;
+            let written = stream.as_mut().poll_write_vectored(cx, &slices);
+            let written = ready!(unless_closed(written))?;
+            let (next, consumed) = this.prefix.account_for(announced, written);
             this.announcement.set(next);
-            // If only some of the credential went out, there is nothing to report yet.
-            if hypers > 0 || written == 0 {
-                return Poll::Ready(Ok(hypers));
+            // Nothing to report yet if only a part of the credential was written.
+            if consumed > 0 || written == 0 {
+                return Poll::Ready(Ok(consumed));
             }
         }
         unless_closed(stream.poll_write_vectored(cx, bufs))
@@ -181,8 +164,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
     }
 }
 
-/// An upstream that answers early and closes makes writing fail while its answer waits to be read. So
-/// such a write just never ends: reading gives first the answer, and then the end.
+/// If an upstream responds early and closes, writes fail while its response waits to be read. So such a write
+/// stays pending: reads yield first the response, then the end.
 fn unless_closed<T>(outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
     use io::ErrorKind::{BrokenPipe, ConnectionReset};
     match outcome {
@@ -209,11 +192,11 @@ mod tests {
         ),
     ];
 
-    fn opening() -> Rc<Opening> {
+    fn prefix() -> Rc<RequestPrefix> {
         let mut input: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| io::Read::read(&mut input, buffer);
         let credential = Credential::read(crate::key::KeyRule::OPENAI, read).unwrap();
-        Rc::new(Opening::new("/v1", credential))
+        Rc::new(RequestPrefix::new("/v1", credential))
     }
 
     /// Takes so many bytes a write, and each time says first that it isn't ready.
@@ -264,7 +247,7 @@ mod tests {
     async fn reads_yield_to_other_tasks() {
         let mut stream = AuthorizingStream {
             stream: tokio::io::repeat(b'x'),
-            opening: opening(),
+            prefix: prefix(),
             announcement: Announcement::default(),
             interim: Arc::default(),
         };
@@ -299,8 +282,8 @@ mod tests {
     }
 
     #[test]
-    fn the_line_stands_behind_the_request_line_however_it_is_written() {
-        let opening = opening();
+    fn credential_follows_the_request_line_for_every_split() {
+        let prefix = prefix();
         let check = |kind: Kind, wire: &[u8], pieces: &[&[u8]], takes: &[usize]| {
             let announcement = Announcement::default();
             let stream = Wire {
@@ -309,13 +292,13 @@ mod tests {
             };
             let mut stream = AuthorizingStream {
                 stream,
-                opening: Rc::clone(&opening),
+                prefix: Rc::clone(&prefix),
                 announcement: Rc::clone(&announcement),
                 interim: Arc::default(),
             };
             // The second request takes the same way, and what is between them none.
             for _ in 0..2 {
-                announcement.set(Some(Announced::new(kind)));
+                announcement.set(Some(Announced { kind, offset: 0 }));
                 write(&mut stream, pieces).unwrap();
                 write(&mut stream, &[b"more"]).unwrap();
             }
@@ -349,8 +332,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_added_to_what_is_not_the_request() {
-        let opening = opening();
+    fn credential_follows_nothing_but_the_request_line() {
+        let prefix = prefix();
         for (kind, other) in [
             (Kind::Post, "POST /v2 HTTP/1.1\r\n\r\n"),
             (Kind::Post, "GET /v1 HTTP/1.1\r\n\r\n"),
@@ -360,11 +343,11 @@ mod tests {
             let announcement = Announcement::default();
             let mut stream = AuthorizingStream {
                 stream: Wire::default(),
-                opening: Rc::clone(&opening),
+                prefix: Rc::clone(&prefix),
                 announcement: Rc::clone(&announcement),
                 interim: Arc::default(),
             };
-            announcement.set(Some(Announced::new(kind)));
+            announcement.set(Some(Announced { kind, offset: 0 }));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);
             assert!(
                 !stream

@@ -1,34 +1,26 @@
-//! One connection to the upstream: name, socket, tunnel, TLS.
+//! Connects to the upstream: name resolution, TCP, CONNECT tunnel, TLS.
 
-use std::error::Error;
-use std::ffi::OsString;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{error::Error, ffi::OsString, io, sync::Arc, time::Duration};
 
 use hyper::{StatusCode, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::proxy::matcher::Intercept;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
-use super::target::Target;
-use super::tunnel::open_tunnel;
-use crate::failure::Failure;
-use crate::log;
-use crate::peer::PeerCheck;
+use super::{connect_tunnel::open_tunnel, target::Target};
+use crate::{error::ErrorReply, log, peer::PeerCheck};
 
-/// How long connecting may take: looking the name up, TCP, the proxy and TLS together.
+/// How long connecting may take: name resolution, TCP, the outbound proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the addresses of a name may take to connect to, shared equally among those of one family. More
-/// than [`CONNECT_TIMEOUT`], so that always the latter is what elapses where no address replies.
+/// than [`CONNECT_TIMEOUT`], so that always the latter elapses where no address replies.
 const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(11);
 
 /// How long sent data may stay unacknowledged before the kernel closes an upstream connection (tcp(7),
@@ -36,46 +28,42 @@ const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(11);
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long an upstream connection may be silent before the kernel asks whether the peer is there.
+/// How long an upstream connection may be silent before the kernel probes the peer, how long between
+/// probes, and how many unanswered ones close the connection.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
-
-/// How long between such questions, and how many go unanswered before the connection is dead.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 4;
 
+const CONNECT_FAILED: &str = "the upstream could not be reached (connect)";
+
 /// A connection to the upstream, with TLS unless it is on loopback.
-pub type Stream = Box<dyn Io>;
+pub(crate) type Stream = Box<dyn Io>;
 
 /// What [`Stream`] can do.
-pub trait Io: AsyncRead + AsyncWrite + Unpin {}
+pub(crate) trait Io: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 
-/// Makes connections to one target.
-pub struct Connector {
+/// Connects to one target.
+pub(crate) struct Connector {
     origin: Uri,
     http: HttpConnector,
-    /// The outbound proxy that opens a tunnel, if there is one.
     proxy: Option<Intercept>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
-    /// Who may own a plain upstream's end of a connection: any local user can listen on a loopback port.
-    pub owner: Option<PeerCheck>,
+    /// The owners allowed for a plain upstream: any local user can listen on a loopback port.
+    pub(crate) owner: Option<PeerCheck>,
 }
 
 impl Connector {
-    /// Prepares connections to `target`, through `proxy` if there is one.
-    ///
-    /// # Errors
-    ///
-    /// A sentence on what is wrong with the CA file or the upstream's name.
-    pub fn new(
+    /// Prepares connections to `target`, through an outbound `proxy` if there is one.
+    pub(crate) fn new(
         target: &Target,
         proxy: Option<Intercept>,
         ca_file: Option<(&'static str, PathBuf)>,
     ) -> Result<Self, String> {
         let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
         let name = target.tls_name.clone().map(ServerName::try_from);
-        let unusable = |_| "--upstream-url has a host for which there is no certificate";
+        let unusable = |_| "--upstream-url has a host that is not a valid TLS server name";
         let name = name.transpose().map_err(unusable)?;
         Ok(Self {
             origin: target.origin.clone(),
@@ -86,11 +74,11 @@ impl Connector {
         })
     }
 
-    /// Makes the TLS library's random generator ready.
+    /// Seeds the TLS library's random generator.
     ///
-    /// It gathers entropy when it is first used, which takes some 40 ms of CPU: better now than in
-    /// the first request, and better after the socket listens than before.
-    pub fn seed_rng(&self) {
+    /// It gathers entropy when it is first used, which takes some 40 ms of CPU: better now than in the
+    /// first request, and better after the socket listens than before.
+    pub(super) fn seed_rng(&self) {
         if let Some((connector, _)) = &self.tls {
             let provider = connector.config().crypto_provider();
             let _ = provider.secure_random.fill(&mut [0]);
@@ -98,39 +86,40 @@ impl Connector {
     }
 
     /// Connects within [`CONNECT_TIMEOUT`].
-    ///
-    /// # Errors
-    ///
-    /// The step that failed.
-    pub(super) async fn connect(&self) -> Result<Stream, Failure> {
-        let connecting = timeout(CONNECT_TIMEOUT, self.connect_unbounded());
+    pub(super) async fn connect(&self) -> Result<Stream, ErrorReply> {
+        let connecting = timeout(CONNECT_TIMEOUT, self.connect_without_timeout());
         connecting.await.unwrap_or_else(|elapsed| {
             let message = "connecting to the upstream took longer than 10 s (connect)";
-            Err(Failure {
+            Err(ErrorReply {
                 status: StatusCode::GATEWAY_TIMEOUT,
-                ..Failure::unreachable(message)(elapsed)
+                ..ErrorReply::unreachable(message)(elapsed)
             })
         })
     }
 
-    async fn connect_unbounded(&self) -> Result<Stream, Failure> {
+    async fn connect_without_timeout(&self) -> Result<Stream, ErrorReply> {
         let mut http = self.http.clone();
         let tcp = match &self.proxy {
-            None => http.call(self.origin.clone()).await.map_err(no_socket)?,
-            Some(proxy) => open_tunnel(http, proxy, &self.origin)
+            None => http
+                .call(self.origin.clone())
                 .await
-                .map_err(|error| Failure::unreachable(NO_TUNNEL)(io::Error::other(error)))?,
+                .map_err(connect_error)?,
+            Some(proxy) => {
+                let message = "the outbound proxy did not establish a CONNECT tunnel (proxy)";
+                let tunnel = open_tunnel(http, proxy, &self.origin).await;
+                tunnel.map_err(|e| ErrorReply::unreachable(message)(io::Error::other(e)))?
+            }
         }
         .into_inner();
         if let Some((tls, name)) = &self.tls {
             let stream = tls.connect(name.clone(), tcp).await;
             return Ok(Box::new(stream.map_err(tls_error)?));
         }
-        // The name was one of loopback, but a name is only a name.
-        let address = tcp.peer_addr().map_err(no_socket)?;
+        // The name is one of loopback, but may have resolved to another address.
+        let address = tcp.peer_addr().map_err(connect_error)?;
         if !address.ip().to_canonical().is_loopback() {
-            let error = io::Error::other(format!("{address} is not this machine's loopback"));
-            return Err(Failure::unreachable(NO_SOCKET)(error));
+            let error = io::Error::other(format!("{address} is not a loopback address"));
+            return Err(ErrorReply::unreachable(CONNECT_FAILED)(error));
         }
         if let Some(owner) = &self.owner
             && let (uid, false) = owner.identify(&tcp).await
@@ -138,7 +127,7 @@ impl Connector {
             let uid = log::uid(uid);
             let detail = format!("uid={uid}; if that is the upstream, use --upstream-user");
             let message = "the upstream belongs to a user who is not trusted (owner)";
-            return Err(Failure::unreachable(message)(io::Error::other(detail)));
+            return Err(ErrorReply::unreachable(message)(io::Error::other(detail)));
         }
         Ok(Box::new(tcp))
     }
@@ -150,52 +139,48 @@ fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
     http.set_nodelay(true);
     http.set_connect_timeout(Some(ADDRESSES_TIMEOUT));
     http.set_keepalive(Some(KEEPALIVE_AFTER));
-    http.set_keepalive_interval(Some(KEEPALIVE_EVERY));
+    http.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
     http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
     #[cfg(target_os = "linux")]
     http.set_tcp_user_timeout(Some(UNACKNOWLEDGED_TIMEOUT));
     http
 }
 
-const NO_TUNNEL: &str = "the outbound proxy did not establish a CONNECT tunnel (proxy)";
-
-/// What a client is told where there is no socket.
-const NO_SOCKET: &str = "the upstream could not be reached (connect)";
-
-/// No socket to the upstream, or no address. A name that isn't found is told by having no error number:
-/// getaddrinfo(3) has codes of its own, and whatever fails behind it has one, but for an address that does not
-/// reply in its share of the time.
-fn no_socket<E: Error + 'static>(error: E) -> Failure {
-    let mut causes = std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| {
-        error.source()
-    });
+/// A failed name resolution or TCP connection. The former has no error number, since getaddrinfo(3) has codes
+/// of its own; the latter has one, unless an address did not reply in its share of the time.
+fn connect_error<E: Error + 'static>(error: E) -> ErrorReply {
+    let first: Option<&(dyn Error + 'static)> = Some(&error);
+    let mut causes = std::iter::successors(first, |&error| error.source());
     let cause = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
     let is_unresolved = |error: &io::Error| {
         error.raw_os_error().is_none() && error.kind() != io::ErrorKind::TimedOut
     };
-    Failure::unreachable(match cause.is_some_and(is_unresolved) {
+    ErrorReply::unreachable(match cause.is_some_and(is_unresolved) {
         true => "the upstream's name could not be resolved (DNS)",
-        false => NO_SOCKET,
+        false => CONNECT_FAILED,
     })(error)
 }
 
-/// A failed handshake. If the issuer is unknown, the log says how to trust it.
-fn tls_error(error: io::Error) -> Failure {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+/// A failed TLS handshake. If the issuer is unknown, the log says how to trust it.
+fn tls_error(error: io::Error) -> ErrorReply {
     let unknown_issuer = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
-    let is_unknown_issuer = cause == Some(&unknown_issuer);
-    let message = "no secure connection to the upstream could be made (TLS)";
-    let mut failure = Failure::unreachable(message)(error);
-    if is_unknown_issuer {
-        failure.detail += "; to trust a company's CA, name its PEM file in --upstream-ca, CODEX_CA_CERTIFICATE or SSL_CERT_FILE";
-    }
-    failure
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let advice = match cause == Some(&unknown_issuer) {
+        true => {
+            "; to trust a company's CA, name its PEM file in --upstream-ca, CODEX_CA_CERTIFICATE or SSL_CERT_FILE"
+        }
+        false => "",
+    };
+    let message = "no secure connection to the upstream could be established (TLS)";
+    let mut reply = ErrorReply::unreachable(message)(error);
+    reply.detail += advice;
+    reply
 }
 
-/// The file with CAs to trust in addition to the built-in roots, after the flag or variable that names it:
+/// The file with CAs to trust in addition to the built-in roots, and the flag or variable that names it:
 /// `--upstream-ca`, else `CODEX_CA_CERTIFICATE`, which Codex reads, else `SSL_CERT_FILE`. `variable` looks one up;
 /// an empty value counts as unset.
-pub fn ca_file(
+pub(crate) fn ca_file(
     flag: Option<&Path>,
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Option<(&'static str, PathBuf)> {
@@ -205,13 +190,13 @@ pub fn ca_file(
     sources.find_map(|(name, path)| Some((name, path.filter(|path| !path.is_empty())?.into())))
 }
 
-/// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`; HTTP/1.1 is all that is spoken.
+/// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`, for HTTP/1.1.
 fn client_config(ca_file: Option<(&'static str, PathBuf)>) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     if let Some((source, path)) = ca_file {
-        add_roots(&path, &mut roots).map_err(|what| {
+        add_roots(&path, &mut roots).map_err(|error| {
             let path = path.display();
-            format!("{source} {path}: {what}; name a file with one or more PEM certificates")
+            format!("{source} {path}: {error}; name a file with one or more PEM certificates")
         })?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -224,7 +209,7 @@ fn client_config(ca_file: Option<(&'static str, PathBuf)>) -> Result<ClientConfi
     Ok(config)
 }
 
-/// Adds the certificates in a PEM file. Those of a bundle that are unusable are left out.
+/// Adds the certificates in a PEM file, except unusable ones.
 fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error>> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)?.collect();
     match roots.add_parsable_certificates(certificates?) {
@@ -240,7 +225,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn connecting_has_10_seconds() {
+    async fn connect_without_a_reply_times_out_after_10_s() {
         // The kernel makes the connection; nobody ever says a word of TLS.
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("https://{}/", silent.local_addr().unwrap());
@@ -337,7 +322,7 @@ mod tests {
             let resolver = Addresses(vec![silent, "127.0.0.1:1".parse().unwrap()]);
             let mut http = with_options(HttpConnector::new_with_resolver(resolver));
             let error = http.call(Uri::from_static("http://upstream/")).await;
-            assert_eq!(no_socket(error.unwrap_err()).message, NO_SOCKET);
+            assert_eq!(connect_error(error.unwrap_err()).message, CONNECT_FAILED);
         }
 
         #[tokio::test]

@@ -1,35 +1,31 @@
-//! What goes out: headers and a body come in, and a request with the credential goes up; its answer leaves,
-//! with the [`UpstreamConnection`] that it comes over.
+//! The upstream: a request goes out with the credential added, and its response comes back with the
+//! [`UpstreamConnection`] that it arrives on.
 
 mod authorizing_stream;
+mod connect_tunnel;
 mod connection;
 mod connector;
-pub mod outbound_proxy;
+pub(crate) mod outbound_proxy;
 mod pool;
-pub mod target;
-mod tunnel;
+pub(crate) mod target;
 
-use std::future::poll_fn;
-use std::pin::Pin;
-use std::rc::Rc;
-use std::task::Poll;
+use std::{future::poll_fn, pin::Pin, rc::Rc, task::Poll};
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
-use self::authorizing_stream::Opening;
-pub use self::connection::{BodyError, RequestBody, UpstreamConnection};
-pub use self::connector::{Connector, Stream, ca_file};
+use self::authorizing_stream::RequestPrefix;
+pub(crate) use self::connection::{BodyError, RequestBody, UpstreamConnection};
+pub(crate) use self::connector::{Connector, Stream, ca_file};
 use self::pool::Pool;
 use self::target::Target;
-use crate::failure::Failure;
-use crate::key::Credential;
+use crate::{error::ErrorReply, key::Credential};
 
 /// The kinds of requests that are forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A request with a body, whose response has one.
     Post,
     /// A WebSocket handshake (RFC 6455, section 4.1).
@@ -46,99 +42,99 @@ impl Kind {
     }
 }
 
-/// The upstream, and the links to it that are kept.
-pub struct Upstream {
+/// The upstream and its pooled connections.
+pub(crate) struct Upstream {
     connector: Connector,
-    opening: Rc<Opening>,
-    /// Where it is.
-    pub target: Target,
+    prefix: Rc<RequestPrefix>,
+    pub(crate) target: Target,
     pool: Pool,
 }
 
 impl Upstream {
-    /// With no connection yet.
-    #[must_use]
-    pub fn new(target: Target, connector: Connector, credential: Credential) -> Self {
+    pub(crate) fn new(target: Target, connector: Connector, credential: Credential) -> Self {
         Self {
             connector,
-            opening: Rc::new(Opening::new(&target.origin_form.to_string(), credential)),
+            prefix: Rc::new(RequestPrefix::new(
+                &target.origin_form.to_string(),
+                credential,
+            )),
             target,
             pool: Pool::default(),
         }
     }
 
-    /// Does what the first connection would have to wait for, and then drops links that get too old.
-    /// Never ends.
-    pub async fn maintain(&self) {
+    /// Does what the first connection would otherwise wait for, then drops expired connections. Never
+    /// returns.
+    pub(crate) async fn maintain(&self) {
         self.connector.seed_rng();
         self.pool.evict_expired().await;
     }
 
-    /// Sends a request over an idle link or a new one and waits for the head of its answer.
+    /// Sends a request on a pooled connection or a new one and waits for the head of its response.
     ///
-    /// A request of which anything was sent is never sent again: it is not idempotent (RFC 9110,
-    /// section 9.2.2).
-    ///
-    /// # Errors
-    ///
-    /// There is no answer, or none that can be passed on.
-    pub async fn send(
+    /// A request is never sent again once any of it was sent: it is not idempotent (RFC 9110, section
+    /// 9.2.2).
+    pub(crate) async fn send(
         &self,
         kind: Kind,
         headers: HeaderMap,
         body: RequestBody,
-    ) -> Result<(UpstreamConnection, Response<Incoming>), Failure> {
+    ) -> Result<(UpstreamConnection, Response<Incoming>), ErrorReply> {
         let mut request = Request::new(body);
         *request.method_mut() = kind.method();
         *request.uri_mut() = self.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
-            let kept = self.acquire();
-            let is_kept = kept.is_some();
-            let mut link = match kept {
-                Some(link) => link,
-                // Boxed, so that only those who connect have its memory.
+            let pooled = self.acquire();
+            let is_pooled = pooled.is_some();
+            let mut connection = match pooled {
+                Some(connection) => connection,
+                // Boxed, so that only requests that connect have its memory.
                 None => match Box::pin(self.connector.connect()).await {
-                    Ok(stream) => UpstreamConnection::new(stream, Rc::clone(&self.opening)).await?,
-                    Err(failure) => {
-                        discard(request.body_mut()).await;
-                        return Err(failure);
+                    Ok(stream) => UpstreamConnection::new(stream, &self.prefix).await?,
+                    Err(reply) => {
+                        drain_available(request.body_mut()).await;
+                        return Err(reply);
                     }
                 },
             };
-            let outcome = link.send(kind, request).await;
-            if link.exceeds_interim() {
+            let outcome = connection.send(kind, request).await;
+            if connection.exceeds_interim() {
                 let message = "the upstream sent more than 32 interim responses (protocol)";
-                return Err(Failure::no_answer(message));
+                return Err(ErrorReply::bad_gateway(message));
             }
             match outcome {
-                Ok(answer) => return Ok((link, checked(kind, answer)?)),
+                Ok(response) => return Ok((connection, check_framing(kind, response)?)),
                 Err(mut error) => match error.take_message() {
-                    // The link has ended since it was looked at.
-                    Some(unsent) if is_kept => request = unsent,
+                    // The pooled connection has been closed.
+                    Some(unsent) if is_pooled => request = unsent,
                     _ => return Err(error.into_error().into()),
                 },
             }
         }
     }
 
-    /// The idle link used last that is still open.
+    /// The pooled connection used last that is still open.
     fn acquire(&self) -> Option<UpstreamConnection> {
-        std::iter::from_fn(|| self.pool.acquire()).find_map(|link| link.is_idle().then_some(link))
+        let mut pooled = std::iter::from_fn(|| self.pool.acquire());
+        pooled.find(UpstreamConnection::is_idle)
     }
 
-    /// Keeps a link whose answer is whole, if it can be used again.
-    pub fn release(&self, link: UpstreamConnection) {
-        if link.is_idle() {
-            self.pool.release(link);
+    /// Pools a connection whose response is complete, if it can be used again.
+    pub(crate) fn release(&self, connection: UpstreamConnection) {
+        if connection.is_idle() {
+            self.pool.release(connection);
         }
     }
 }
 
-/// Takes what has come of a request's body that goes nowhere: if that is all, its connection can go on.
-pub async fn discard(mut body: impl Body + Unpin) {
-    // hyper reads what it was asked for when it has its turn, which is in between.
-    for _ in 0..2 {
+/// Reads what has arrived of a request's body that is not forwarded. If that is all of it, the client's
+/// connection can be used again.
+pub(crate) async fn drain_available(mut body: impl Body + Unpin) {
+    /// Polling a body only makes hyper want more of it. Its dispatcher reads from the socket when the
+    /// connection is polled next (`poll_read`), which is while this yields.
+    const POLLS: usize = 2;
+    for _ in 0..POLLS {
         poll_fn(|cx| {
             while let Poll::Ready(Some(Ok(_))) = Pin::new(&mut body).poll_frame(cx) {}
             Poll::Ready(())
@@ -148,46 +144,44 @@ pub async fn discard(mut body: impl Body + Unpin) {
     }
 }
 
-/// Whether a message comes in chunks; `None` if it has another transfer coding, or more than one.
-#[must_use]
-pub fn is_chunked(headers: &HeaderMap) -> Option<bool> {
+/// Whether a message is chunked; `None` if it has another transfer coding, or more than one.
+pub(crate) fn is_chunked(headers: &HeaderMap) -> Option<bool> {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     match (codings.next(), codings.next()) {
         (None, _) => Some(false),
-        (Some(coding), None) => coding
-            .as_bytes()
-            .eq_ignore_ascii_case(b"chunked")
-            .then_some(true),
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Some(true),
         _ => None,
     }
 }
 
 /// Whether a message's only `Upgrade` is a WebSocket. The name is compared without case (RFC 6455,
 /// section 4.2.1).
-#[must_use]
-pub fn is_websocket(headers: &HeaderMap) -> bool {
+pub(crate) fn is_websocket(headers: &HeaderMap) -> bool {
     let mut protocols = headers.get_all(UPGRADE).iter();
     let first = protocols.next().map(|value| value.as_bytes());
     first.is_some_and(|name| name.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
 }
 
-/// Looks at how an answer is framed: that header ends here, so what it says must have been done.
-fn checked(kind: Kind, mut answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
-    let is_expected = kind == Kind::Handshake && answer.version() == Version::HTTP_11;
-    let message = match is_chunked(answer.headers()) {
-        _ if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
-            if is_expected && is_websocket(answer.headers()) {
-                return Ok(answer);
+/// Rejects a response whose framing is not forwarded as it is.
+fn check_framing(
+    kind: Kind,
+    mut response: Response<Incoming>,
+) -> Result<Response<Incoming>, ErrorReply> {
+    let is_http_11 = response.version() == Version::HTTP_11;
+    let message = match is_chunked(response.headers()) {
+        _ if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            if kind == Kind::Handshake && is_http_11 && is_websocket(response.headers()) {
+                return Ok(response);
             }
             "the upstream switched to a protocol that was not requested (protocol)"
         }
-        Some(false) => return Ok(answer),
-        Some(true) if answer.version() == Version::HTTP_11 => {
-            // Chunks go before a length (RFC 9112, section 6.3).
-            answer.headers_mut().remove(CONTENT_LENGTH);
-            return Ok(answer);
+        Some(false) => return Ok(response),
+        Some(true) if is_http_11 => {
+            // Chunks take precedence over a length (RFC 9112, section 6.3).
+            response.headers_mut().remove(CONTENT_LENGTH);
+            return Ok(response);
         }
-        _ => "the upstream's answer has a transfer coding other than chunked (protocol)",
+        _ => "the upstream's response has a transfer coding other than chunked (protocol)",
     };
-    Err(Failure::no_answer(message))
+    Err(ErrorReply::bad_gateway(message))
 }

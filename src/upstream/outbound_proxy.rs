@@ -1,85 +1,69 @@
-//! The proxy on the way to the upstream, as environment variables name it.
+//! The outbound proxy that environment variables name.
 
-use std::ffi::OsString;
-use std::net::IpAddr;
+use std::{ffi::OsString, net::IpAddr};
 
 use hyper::Uri;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 
 use super::target::{Target, usable_port};
-use crate::log;
 
-/// Finds the CONNECT proxy for `target` in `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` or their
-/// lower-case forms; `variable` looks one up. A value of blanks counts as unset. Entries of `NO_PROXY` that match
-/// nothing are named in the log and no more: many systems set such by default.
+/// The CONNECT proxy for `target` in `HTTPS_PROXY`, else `ALL_PROXY`, unless `NO_PROXY` excludes the target, or
+/// their lower-case forms; `variable` looks one up. A blank value counts as unset. Entries of `NO_PROXY` that
+/// match nothing are logged: many systems set some by default.
 ///
-/// An upstream without TLS is on loopback and never goes through a proxy: that would show it the key.
-///
-/// # Errors
-///
-/// A sentence naming the variable that applies, if its value is unusable: the key's owner believes that
-/// requests go through a proxy.
-pub fn outbound_proxy(
+/// A plain upstream is on loopback and never goes through a proxy, which would see the key. Only the variable
+/// that applies can be an error: the key's owner believes that requests go through its proxy.
+pub(crate) fn outbound_proxy(
     target: &Target,
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Option<Intercept>, String> {
     let lookup = |upper: &str| {
         let names = [upper.to_owned(), upper.to_ascii_lowercase()];
-        names.into_iter().find_map(|name| {
-            let value = variable(&name)?;
-            (!value.to_str().is_some_and(|text| text.trim().is_empty())).then_some((name, value))
-        })
+        let mut found = names
+            .into_iter()
+            .filter_map(|name| Some((variable(&name)?, name)));
+        found.find(|(value, _)| !value.to_str().is_some_and(|text| text.trim().is_empty()))
     };
-    let is_tls = |_: &_| target.tls_name.is_some();
     let found = lookup("HTTPS_PROXY").or_else(|| lookup("ALL_PROXY"));
-    let Some((name, value)) = found.filter(is_tls) else {
+    let Some((value, name)) = found.filter(|_| target.tls_name.is_some()) else {
         return Ok(None);
     };
-    let (no_name, no) = lookup("NO_PROXY").unwrap_or_default();
-    let no = no
-        .into_string()
-        .map_err(|_| format!("{no_name} is not UTF-8: correct or unset it"))?;
+    let (no, no_name) = lookup("NO_PROXY").unwrap_or_default();
+    let invalid = |_| format!("{no_name} is not UTF-8: correct or unset it");
+    let no = no.into_string().map_err(invalid)?;
     let (no, unusable) = no_proxy_entries(&no, target.origin.port_u16().unwrap_or(443));
     if !unusable.is_empty() {
-        log::line(format_args!(
-            "{no_name} has entries that match nothing here: {unusable:?}"
-        ));
+        log!("{no_name} has entries that match nothing here: {unusable:?}");
     }
     let value = check_proxy(&name, value.to_str().unwrap_or_default().trim());
-    // NO_PROXY decides whether an unusable value matters.
+    // NO_PROXY decides whether an invalid value matters.
     let proxy = *value.as_ref().unwrap_or(&"http://unusable.invalid");
     let matcher = Matcher::builder().https(proxy).no(no.join(",")).build();
     let proxy = matcher.intercept(&target.origin);
     proxy.map(|proxy| value.map(|_| proxy)).transpose()
 }
 
-/// Whether the value of a proxy variable is one that this program can follow to the letter.
+/// Accepts the value of a proxy variable if this program can follow it exactly.
 fn check_proxy<'a>(name: &str, value: &'a str) -> Result<&'a str, String> {
     let (before_host, _) = value.rsplit_once('@').unwrap_or_default();
-    let user_info = before_host
-        .split_once("://")
-        .map_or(before_host, |(_, rest)| rest);
+    let (_, user_info) = before_host.split_once("://").unwrap_or(("", before_host));
     if user_info.contains(['@', '/', '?', '#']) {
         return Err(format!(
             "{name} has a reserved character in the user name or password: percent-encode it, '@' as %40"
         ));
     }
     let is_http = |uri: &Uri| uri.scheme_str().is_none_or(|scheme| scheme == "http");
-    let has_host = |uri: &Uri| {
-        uri.authority()
-            .and_then(|authority| usable_port(authority, 80))
-            .is_some()
-    };
+    let port = |uri: &Uri| usable_port(uri.authority()?, 80);
     match value.parse() {
-        Ok(uri) if is_http(&uri) && has_host(&uri) => Ok(value),
+        Ok(uri) if is_http(&uri) && port(&uri).is_some() => Ok(value),
         _ => Err(format!(
             "{name} is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
         )),
     }
 }
 
-/// The entries of `NO_PROXY` that apply to `port`, as hyper-util's matcher knows them, and those that have no
-/// meaning. `*.host` becomes `.host`, and `host:port` becomes `host` if the port is this one.
+/// The entries of `NO_PROXY` that apply to `port`, as hyper-util's matcher knows them, and those that match
+/// nothing. `*.host` becomes `.host`, and `host:port` becomes `host` if the port is this one.
 fn no_proxy_entries(value: &str, port: u16) -> (Vec<&str>, Vec<&str>) {
     let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
     let is_network = |(address, prefix): (&str, &str)| {
@@ -88,31 +72,22 @@ fn no_proxy_entries(value: &str, port: u16) -> (Vec<&str>, Vec<&str>) {
     };
     let is_in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     let is_usable = |host: &str| {
-        host == "*"
-            || host.bytes().all(is_in_name)
-            || is_address(host)
-            || host.split_once('/').is_some_and(is_network)
+        let is_network = host.split_once('/').is_some_and(is_network);
+        host == "*" || host.bytes().all(is_in_name) || is_address(host) || is_network
     };
     let (mut usable, mut unusable) = (Vec::new(), Vec::new());
-    for entry in value
-        .split([',', ' '])
-        .map(str::trim)
-        .filter(|entry| !entry.is_empty())
-    {
+    let entries = value.split([',', ' ']).map(str::trim);
+    for entry in entries.filter(|entry| !entry.is_empty()) {
         let bare = entry.trim_matches(['[', ']']);
         let (host, entry_port) = match bare.rsplit_once(':') {
             Some((host, port)) if !is_usable(bare) => (host.trim_matches(']'), port.parse().ok()),
             _ => (bare, Some(port)),
         };
-        let host = host
-            .strip_prefix('*')
-            .filter(|rest| rest.starts_with('.'))
-            .unwrap_or(host);
-        match entry_port {
-            Some(entry_port) if is_usable(host) => {
-                usable.extend((entry_port == port).then_some(host))
-            }
-            _ => unusable.push(entry),
+        let suffix = host.strip_prefix('*').filter(|rest| rest.starts_with('.'));
+        let host = suffix.unwrap_or(host);
+        match entry_port.filter(|_| is_usable(host)) {
+            Some(entry_port) => usable.extend((entry_port == port).then_some(host)),
+            None => unusable.push(entry),
         }
     }
     (usable, unusable)

@@ -1,24 +1,22 @@
-//! Links between exchanges, kept for the next.
+//! Pooled upstream connections.
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::time::Duration;
+use std::{cell::RefCell, collections::VecDeque, time::Duration};
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::connection::UpstreamConnection;
 
-/// How many idle links are kept at the most; there are never more than were in use at once.
+/// The most pooled connections. There are never more than were in use at once.
 const MAX_IDLE: usize = 1024;
 
-/// How long a link is kept without use. Servers close theirs after a minute or more.
+/// How long a connection stays pooled. Servers close theirs after a minute or more.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Idle things, the one used last at the end, with the time since when they are.
+/// Idle connections in the order of their last use, and since when they are idle.
 pub(super) struct Pool<T = UpstreamConnection> {
     idle: RefCell<VecDeque<(T, Instant)>>,
-    /// Tells [`Pool::evict_expired`] that there is one again.
+    /// Wakes [`Pool::evict_expired`] when the pool is no longer empty.
     filled: Notify,
 }
 
@@ -32,12 +30,12 @@ impl<T> Default for Pool<T> {
 }
 
 impl<T> Pool<T> {
-    /// Takes the one that was used last.
+    /// Takes the connection used last.
     pub(super) fn acquire(&self) -> Option<T> {
         self.idle.borrow_mut().pop_back().map(|(idle, _)| idle)
     }
 
-    /// Keeps one, unless there are too many.
+    /// Adds a connection, unless there are too many.
     pub(super) fn release(&self, idle: T) {
         let mut all = self.idle.borrow_mut();
         if all.len() < MAX_IDLE {
@@ -46,7 +44,7 @@ impl<T> Pool<T> {
         }
     }
 
-    /// Drops each when it is too old. Never ends.
+    /// Drops each connection when it has expired. Never returns.
     pub(super) async fn evict_expired(&self) {
         loop {
             let oldest = self.idle.borrow().front().map(|(_, since)| *since);
@@ -54,9 +52,9 @@ impl<T> Pool<T> {
                 Some(since) => sleep_until(since + IDLE_TIMEOUT).await,
                 None => self.filled.notified().await,
             }
-            let is_old = |(_, since): &(T, Instant)| since.elapsed() >= IDLE_TIMEOUT;
+            let is_expired = |(_, since): &(T, Instant)| since.elapsed() >= IDLE_TIMEOUT;
             let mut all = self.idle.borrow_mut();
-            while all.front().is_some_and(is_old) {
+            while all.front().is_some_and(is_expired) {
                 all.pop_front();
             }
         }
@@ -68,7 +66,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_last_used_is_taken_first_and_each_is_dropped_after_90_seconds() {
+    async fn last_used_is_acquired_first_and_each_expires_after_90_s() {
         let pool = Pool::default();
         let sweep = async {
             pool.evict_expired().await;
@@ -91,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn at_most_1024_are_kept() {
+    fn at_most_1024_connections_are_pooled() {
         let pool = Pool::default();
         (0..2000).for_each(|number| pool.release(number));
         assert_eq!(pool.idle.borrow().len(), 1024);

@@ -1,37 +1,31 @@
-//! Where requests go: the upstream URL.
+//! The upstream URL.
 
 use std::net::IpAddr;
 
-use hyper::Uri;
-use hyper::header::HeaderValue;
-use hyper::http::uri::Authority;
+use hyper::{Uri, header::HeaderValue, http::uri::Authority};
 
-/// The upstream, taken apart once at the start.
+/// The parts of the URL, parsed once at startup.
 #[derive(Debug)]
-pub struct Target {
+pub(crate) struct Target {
     /// Scheme and authority, for connecting.
-    pub origin: Uri,
-    /// Path and query, as the request line has them (origin-form, RFC 9112, section 3.2.1).
-    pub origin_form: Uri,
-    /// Host, and the port where it isn't the scheme's own.
-    pub host_header: HeaderValue,
+    pub(crate) origin: Uri,
+    /// Path and query, as in the request line (origin-form, RFC 9112, section 3.2.1).
+    pub(crate) origin_form: Uri,
+    /// Host, and the port unless it is the scheme's default.
+    pub(crate) host_header: HeaderValue,
     /// The name that the upstream's certificate must have; `None` means no TLS.
-    pub tls_name: Option<String>,
+    pub(crate) tls_name: Option<String>,
 }
 
 impl Target {
-    /// Parses `--upstream-url`.
-    ///
-    /// # Errors
-    ///
-    /// A sentence that doesn't repeat the URL, which may hold a secret that someone put there.
-    pub fn parse(url: &str) -> Result<Self, String> {
-        Self::take_apart(url.trim()).map_err(|what| format!("--upstream-url {what}"))
+    /// Parses `--upstream-url`. An error does not repeat the URL, which may contain a secret.
+    pub(crate) fn parse(url: &str) -> Result<Self, String> {
+        Self::parse_url(url.trim()).map_err(|what| format!("--upstream-url {what}"))
     }
 
-    fn take_apart(url: &str) -> Result<Self, &'static str> {
+    fn parse_url(url: &str) -> Result<Self, &'static str> {
         if url.contains('#') {
-            return Err("has a fragment ('#'), which no server is ever sent: leave it out");
+            return Err("has a fragment ('#'), which is never sent to a server: leave it out");
         }
         let example = "must be a URL such as https://api.openai.com/v1/responses";
         let uri: Uri = url.parse().map_err(|_| example)?;
@@ -47,13 +41,11 @@ impl Target {
             "https" => 443,
             "http" if is_loopback(bare_host) => 80,
             "http" => {
-                return Err(
-                    "would show the key to the network: use https:// (http:// is only for loopback hosts)",
-                );
+                return Err("would expose the key: use https:// (http:// only for loopback hosts)");
             }
             _ => return Err("must begin with https:// (or http:// to a loopback host)"),
         };
-        let unusable = "has no host, or a port that is none";
+        let unusable = "has no host or an invalid port";
         let host_header = match usable_port(authority, default_port).ok_or(unusable)? {
             port if port == default_port => host.clone(),
             port => format!("{host}:{port}"),
@@ -73,9 +65,8 @@ impl Target {
     }
 }
 
-/// The port to connect to; `None` where there is no host, or something after it that is no port.
-#[must_use]
-pub fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
+/// The port to connect to; `None` without a host or with an invalid port.
+pub(crate) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
     let whole = authority.as_str();
     let (_, host_and_port) = whole.rsplit_once('@').unwrap_or(("", whole));
     match host_and_port.strip_prefix(authority.host())? {
@@ -90,12 +81,9 @@ pub fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
 }
 
 /// Whether `host` can only be this machine: `localhost` (RFC 6761, section 6.3) or a loopback address.
-#[must_use]
-pub fn is_loopback(host: &str) -> bool {
-    host.eq_ignore_ascii_case("localhost")
-        || host
-            .parse::<IpAddr>()
-            .is_ok_and(|address| address.is_loopback())
+pub(crate) fn is_loopback(host: &str) -> bool {
+    let is_address = |address: IpAddr| address.is_loopback();
+    host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(is_address)
 }
 
 #[cfg(test)]

@@ -1,25 +1,20 @@
 //! A CONNECT tunnel through the outbound proxy (RFC 9110, section 9.3.6).
 
-use std::error::Error;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::{error::Error, pin::pin};
 
 use http_body_util::Empty;
-use hyper::body::Bytes;
-use hyper::client::conn::http1;
 use hyper::header::{HOST, PROXY_AUTHORIZATION};
 use hyper::{Request, Uri};
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::proxy::matcher::Intercept;
-use hyper_util::rt::TokioIo;
+use hyper::{body::Bytes, client::conn::http1};
+use hyper_util::{
+    client::legacy::connect::HttpConnector, client::proxy::matcher::Intercept, rt::TokioIo,
+};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-/// Connects to `proxy` and asks it for a tunnel to `origin`, an `https` URL.
-///
-/// # Errors
-///
-/// The proxy cannot be reached, or its response is no 2xx: then the error names the status.
+/// Connects to `proxy` and requests a tunnel to `origin`, an `https` URL. Any 2xx opens it; for other
+/// responses the error names the status.
 pub(super) async fn open_tunnel(
     mut http: HttpConnector,
     proxy: &Intercept,
@@ -36,7 +31,7 @@ pub(super) async fn open_tunnel(
     let (mut sender, mut connection) = http1::handshake(stream).await?;
     let mut response = pin!(sender.send_request(request));
     let response = poll_fn(|cx| {
-        // Its error is also that of the response.
+        // An error is also that of the response.
         let _ = connection.poll_without_shutdown(cx);
         response.as_mut().poll(cx)
     });
@@ -45,7 +40,7 @@ pub(super) async fn open_tunnel(
     match status.is_success() {
         true if parts.read_buf.is_empty() => Ok(parts.io),
         // In TLS, the client sends first.
-        true => Err("the proxy sent data before the tunnel was used".into()),
+        true => Err("the proxy sent unsolicited data".into()),
         false => Err(format!("the proxy responded with status {status}").into()),
     }
 }
