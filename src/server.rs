@@ -12,6 +12,7 @@ use crate::cli::Arguments;
 use crate::client::listener::{self, raise_fd_limit};
 use crate::exchange::{Allowed, Handler, dump::Dumper};
 use crate::key::{Credential, KeyRule};
+use crate::log;
 use crate::peer::PeerCheck;
 use crate::server_info::ServerInfo;
 use crate::shutdown::Shutdown;
@@ -60,6 +61,7 @@ impl Server {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(MAX_BLOCKING_THREADS)
+            .on_thread_park(log::flush)
             .build_local(LocalOptions::default())
             .map_err(|error| format!("cannot start the event loop: {error}"))?;
         Ok(Self {
@@ -89,6 +91,7 @@ impl Server {
             log!("the key was also in the variable {name}: start the proxy with `env -u {name}`");
         }
         let max_connections = raise_fd_limit();
+        log::start_buffering();
         let outcome = self.runtime.block_on(async {
             let shutdown = Shutdown::default();
             let signals = shutdown.trigger_on_signals();
@@ -110,7 +113,7 @@ impl Server {
                 shutdown,
             });
             log!("listening on http://{}", self.address);
-            crate::log::notify_systemd(&NotifyState::Ready);
+            log::notify_systemd(&NotifyState::Ready);
             listener::run(listener, self.peer_check, max_connections, &handler).await;
             if let Some(dumper) = &handler.dumper {
                 dumper.finish().await;
@@ -118,6 +121,7 @@ impl Server {
             log!("stopped");
             Ok(())
         });
+        log::stop_buffering();
         // Nobody waits for a name that is still being looked up.
         self.runtime.shutdown_background();
         outcome

@@ -49,6 +49,7 @@ impl Shutdown {
                 while signals.recv().await.is_some() {
                     if shutdown.is_triggered() {
                         log!("exiting at once: second signal");
+                        crate::log::flush();
                         std::process::exit(128 + kind.as_raw_value());
                     }
                     log!("stopping: requests in flight may finish; a second signal exits at once");

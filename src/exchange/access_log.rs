@@ -1,5 +1,6 @@
 //! The log line of a forwarded request.
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ pub(super) struct AccessLogEntry {
     /// The response's status; 0 before there is one.
     pub(super) status: Cell<u16>,
     /// Why the response isn't whole. Details are for the log alone.
-    pub(super) error: RefCell<Option<String>>,
+    pub(super) error: RefCell<Option<Cow<'static, str>>>,
 }
 
 impl AccessLogEntry {
@@ -28,7 +29,7 @@ impl AccessLogEntry {
             sent: Cell::new(0),
             status: Cell::new(0),
             // hyper drops whatever belongs to a client that leaves, and says nothing.
-            error: RefCell::new(Some("client left".into())),
+            error: RefCell::new(Some(Cow::Borrowed("client left"))),
         }
     }
 }
@@ -38,8 +39,11 @@ impl Drop for AccessLogEntry {
         let (uid, status) = (log::uid(self.uid), self.status.get());
         let (received, sent) = (self.received.get(), self.sent.get());
         let milliseconds = self.started.elapsed().as_millis();
-        let error = self.error.get_mut().iter();
-        let error: String = error.map(|error| format!(" error={error:?}")).collect();
-        log!("request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{error}");
+        let error = self.error.get_mut().take();
+        let (name, error) =
+            error.map_or(("", "".into()), |error| (" error=", format!("{error:?}")));
+        log!(
+            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{name}{error}"
+        );
     }
 }

@@ -123,7 +123,7 @@ impl Body for Download {
             Some(Err(error)) => {
                 let detail = with_sources(&error);
                 let message = format!("response truncated: {detail}");
-                this.entry.error.replace(Some(message));
+                this.entry.error.replace(Some(message.into()));
                 this.deferred_error = Some(error);
                 Pin::new(this).poll_frame(cx)
             }

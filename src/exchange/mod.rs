@@ -166,7 +166,7 @@ async fn switch(
 fn fail(reply: &ErrorReply, entry: &AccessLogEntry) -> Response<ResponseBody> {
     entry.status.set(reply.status.as_u16());
     let error = format!("{}: {}", reply.message, reply.detail);
-    entry.error.replace(Some(error));
+    entry.error.replace(Some(error.into()));
     reply.response().map(Either::Left)
 }
 

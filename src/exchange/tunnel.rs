@@ -59,7 +59,7 @@ impl Tunnel {
             },
         };
         let error = outcome.err().map(|error| error.to_string());
-        self.entry.error.replace(error);
+        self.entry.error.replace(error.map(Into::into));
     }
 }
 
