@@ -8,5 +8,6 @@
       "@developers"
     ];
     httpShutdown = true;
+    websocket = true;
   };
 }

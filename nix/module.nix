@@ -133,6 +133,17 @@ in
       '';
     };
 
+    websocket = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether to forward WebSocket handshakes on `GET /v1/responses` as well.
+        Codex then keeps one connection for a session and sends only what is new
+        with each turn. With {option}`codexConfig.enable`, Codex is told to use
+        it.
+      '';
+    };
+
     environment = mkOption {
       type = types.attrsOf types.str;
       default = { };
@@ -185,6 +196,7 @@ in
         name = mkDefault "OpenAI through codex-responses-proxy";
         base_url = mkDefault "http://127.0.0.1:${toString cfg.port}/v1";
         wire_api = mkDefault "responses";
+        supports_websockets = lib.mkIf cfg.websocket (mkDefault true);
       };
     };
     environment.etc."codex/config.toml" = lib.mkIf cfg.codexConfig.enable {
@@ -259,6 +271,7 @@ in
               cfg.upstreamUser
             ]
             ++ lib.optional cfg.httpShutdown "--http-shutdown"
+            ++ lib.optional cfg.websocket "--websocket"
             ++ lib.concatMap (user: [
               "--allow-user"
               user

@@ -35,6 +35,9 @@ let
     };
   };
 
+  provider =
+    settings: (options settings).codexConfig.settings.model_providers.codex-responses-proxy;
+
   claims = with configurations; {
     "the key is on stdin" = set plain "StandardInput=file:/run/secrets/openai-api-key";
     "everybody is served unless users are named" = !lib.hasInfix "--allow-user" (command plain);
@@ -72,6 +75,11 @@ let
     "Codex is led to the port" =
       codex.codexConfig.settings.model_providers.codex-responses-proxy.base_url
       == "http://127.0.0.1:8400/v1";
+    "WebSocket is off by default" =
+      !lib.hasInfix "--websocket" (command plain) && !provider { } ? supports_websockets;
+    "websocket passes the flag and tells Codex" =
+      lib.hasInfix ''"--websocket"'' (command restricted)
+      && (provider { websocket = true; }).supports_websockets;
     "a machine's own settings stay" =
       codex.codexConfig.settings.model == "a-model"
       && codex.codexConfig.settings.model_providers ? another

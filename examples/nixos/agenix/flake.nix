@@ -45,6 +45,8 @@
                 enable = true;
                 keyFile = secret.path;
                 codexConfig.enable = true;
+                # Codex sends only what is new with each turn
+                websocket = true;
               };
               # a new key takes effect with the next switch
               systemd.services.codex-responses-proxy.restartTriggers = [ secret.file ];

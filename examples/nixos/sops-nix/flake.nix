@@ -46,6 +46,8 @@
                 enable = true;
                 keyFile = config.sops.secrets.openai-api-key.path;
                 codexConfig.enable = true;
+                # Codex sends only what is new with each turn
+                websocket = true;
               };
 
               system.stateVersion = "26.05";
