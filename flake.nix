@@ -21,7 +21,13 @@
           "aarch64-linux"
           "aarch64-darwin"
         ] (system: f nixpkgs.legacyPackages.${system});
-      build = pkgs: pkgs.callPackage ./nix/package.nix { craneLib = crane.mkLib pkgs; };
+      build =
+        pkgs:
+        pkgs.callPackage ./nix/package.nix {
+          craneLib = crane.mkLib pkgs;
+          buildCraneLib = crane.mkLib pkgs.buildPackages;
+          tests = self.checks.${pkgs.stdenv.hostPlatform.system} or { };
+        };
     in
     {
       packages = forEachSystem (
@@ -31,6 +37,8 @@
         in
         {
           default = package;
+          codex-responses-proxy = package;
+          # by the program's name, too
           codex-responses-api-proxy = package;
           inherit demo;
         }

@@ -28,10 +28,16 @@ let
     '';
 in
 {
-  # The program starts, and holds no path of the toolchain or of a dependency's source.
+  # The program starts and holds no path of the toolchain or of a dependency's source; its manual and completions
+  # know its flags.
   package = pkgs.runCommand "codex-responses-proxy-package" { } ''
     ${exe} --version
     ${exe} --help >/dev/null
+    cd ${built.package}/share
+    zcat man/man1/*.1.gz | grep -q 'upstream.*url'
+    for completions in bash-completion/completions zsh/site-functions fish/vendor_completions.d; do
+      grep -q upstream-url $completions/*
+    done
     { grep -aohE '${storePath}' ${exe} || true; } | sort -u | tee $out
     if grep -E -- '-(cargo|rust|vendor|source|gcc-wrapper|clang-wrapper)' $out; then
       echo "the program holds paths of what it was built with" >&2

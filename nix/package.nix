@@ -1,7 +1,12 @@
 # The program and its demo, and what the checks need to build more.
 {
   lib,
+  installShellFiles,
   craneLib,
+  # crane for the machine that builds: what it makes is run there
+  buildCraneLib,
+  # passthru.tests of the program
+  tests,
 }:
 let
   fs = lib.fileset;
@@ -18,6 +23,7 @@ let
     ../Cargo.lock
     ../Cargo.toml
     ../src
+    ../xtask
   ];
   sources = {
     program = source program;
@@ -83,12 +89,41 @@ let
     platforms = lib.platforms.linux ++ lib.platforms.darwin;
   };
 
+  # The man page and the completions. They are the same for every platform, so they are made on the one that builds.
+  assets = buildCraneLib.mkCargoDerivation {
+    pname = "codex-responses-proxy-assets";
+    src = sources.program;
+    strictDeps = true;
+    cargoArtifacts = null;
+    doInstallCargoArtifacts = false;
+    CARGO_PROFILE = "dev";
+    buildPhaseCargoCommand = "cargoWithProfile run --locked --package xtask -- $out";
+  };
+
   package = craneLib.buildPackage (
     release
     // {
       inherit meta;
+      nativeBuildInputs = [ installShellFiles ];
+      postInstall = ''
+        installManPage ${assets}/${meta.mainProgram}.1
+        installShellCompletion --cmd ${meta.mainProgram} \
+          --bash ${assets}/${meta.mainProgram}.bash \
+          --zsh ${assets}/_${meta.mainProgram} \
+          --fish ${assets}/${meta.mainProgram}.fish
+      '';
+      doInstallCheck = true;
+      installCheckPhase = ''
+        runHook preInstallCheck
+        $out/bin/${meta.mainProgram} --version | grep --fixed-strings "$version"
+        runHook postInstallCheck
+      '';
       # no trace of where it was built
-      disallowedReferences = [ package.cargoVendorDir ];
+      disallowedReferences = [
+        assets
+        package.cargoVendorDir
+      ];
+      passthru = { inherit assets tests; };
     }
   );
 
