@@ -57,7 +57,9 @@
 
       nixosModules = {
         default = self.nixosModules.codex-responses-proxy;
-        codex-responses-proxy = lib.modules.importApply ./nix/module.nix { inherit self; };
+        codex-responses-proxy = lib.modules.importApply ./nix/module.nix {
+          packageFor = pkgs: (build pkgs).package;
+        };
       };
 
       overlays.default = final: _prev: {

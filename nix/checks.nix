@@ -51,11 +51,12 @@ in
   '';
 
   clippy = craneLib.cargoClippy (
-    dev // { cargoClippyExtraArgs = "--all-targets -- --deny warnings"; }
+    dev // { cargoClippyExtraArgs = "--workspace --all-targets -- --deny warnings"; }
   );
 
   fmt = craneLib.cargoFmt {
     src = sources.all;
+    cargoExtraArgs = "--all";
     doInstallCargoArtifacts = false;
   };
 

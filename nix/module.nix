@@ -1,4 +1,5 @@
-{ self }:
+# `packageFor` builds the program with a machine's own package set: its platform, its overlays, its cross compiler.
+{ packageFor }:
 {
   config,
   lib,
@@ -13,7 +14,6 @@ let
     mkOption
     types
     ;
-  inherit (pkgs.stdenv.hostPlatform) system;
   name = "codex-responses-proxy";
   cfg = config.services.${name};
   toml = pkgs.formats.toml { };
@@ -40,10 +40,8 @@ in
 
     package = mkOption {
       type = types.package;
-      default =
-        self.packages.${system}.default
-          or (throw "codex-responses-proxy is not built for ${system}: set services.${name}.package, or leave the service off.");
-      defaultText = lib.literalExpression "codex-responses-proxy.packages.\${pkgs.stdenv.hostPlatform.system}.default";
+      default = packageFor pkgs;
+      defaultText = lib.literalMD "the flake's package, built with the machine's `pkgs`";
       description = "The codex-responses-proxy package to use.";
     };
 

@@ -8,20 +8,21 @@
 let
   inherit (nixpkgs) lib;
 
-  # a machine with these settings, on this system
+  # A machine of the given platform with these settings.
   machine =
-    system: settings:
-    (lib.nixosSystem {
+    platform: settings:
+    lib.nixosSystem {
       modules = [
         # both names, as a machine might import them
         self.nixosModules.default
         self.nixosModules.codex-responses-proxy
         {
-          nixpkgs.hostPlatform = system;
+          nixpkgs = platform;
           system.stateVersion = "26.05";
           services.codex-responses-proxy = lib.mkMerge [
             {
               enable = true;
+              package = lib.mkDefault self.packages.${system}.default;
               keyFile = lib.mkDefault "/run/secrets/openai-api-key";
               # where the machine test's stand-in listens
               upstreamUrl = "http://127.0.0.1:9001/v1/responses";
@@ -30,15 +31,18 @@ let
           ];
         }
       ];
-    }).config;
+    };
 
   render =
     settings:
+    let
+      inherit ((machine { hostPlatform = system; } settings).config) systemd;
+    in
     lib.listToAttrs (
       map
         (unit: {
           name = "etc/systemd/system/${unit}";
-          value = builtins.unsafeDiscardStringContext (machine system settings).systemd.units.${unit}.text;
+          value = builtins.unsafeDiscardStringContext systemd.units.${unit}.text;
         })
         [
           "codex-responses-proxy.service"

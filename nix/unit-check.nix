@@ -15,16 +15,21 @@ let
   set = configuration: line: lib.elem line (lines configuration);
   command = configuration: lib.findFirst (lib.hasPrefix "ExecStart=") "" (lines configuration);
 
-  options = settings: (machine system settings).services.codex-responses-proxy;
+  native = {
+    hostPlatform = system;
+  };
+  options = settings: (machine native settings).config.services.codex-responses-proxy;
   accepts = value: (builtins.tryEval (builtins.deepSeq value true)).success;
   acceptsKeyFile = keyFile: accepts (options { inherit keyFile; }).keyFile;
   acceptsUsers = allowedUsers: accepts (options { inherit allowedUsers; }).allowedUsers;
-  acceptsSystem =
-    system: settings: accepts (machine system settings).services.codex-responses-proxy.package.outPath;
+  # The package of a machine that doesn't set one.
+  packageOn =
+    platform:
+    (machine platform { }).options.services.codex-responses-proxy.package.default;
   complaints =
     settings:
     map (x: x.message) (
-      lib.filter (x: !x.assertion && lib.hasInfix "codex" x.message) (machine system settings).assertions
+      lib.filter (x: !x.assertion && lib.hasInfix "codex" x.message) (machine native settings).config.assertions
     );
 
   codex = options {
@@ -69,8 +74,26 @@ let
       }) == 1;
     "a list of users is taken" = acceptsUsers null && acceptsUsers [ "alice" ];
     "an empty one is not" = !acceptsUsers [ ];
-    "another system is refused" = !acceptsSystem "riscv64-linux" { };
-    "unless it brings a package" = acceptsSystem "riscv64-linux" { package = pkgs.emptyDirectory; };
+    "a native machine gets the flake's package" =
+      (packageOn { inherit pkgs; }).drvPath == self.packages.${system}.default.drvPath;
+    "a cross-built machine gets a cross-built package" =
+      let
+        package = packageOn {
+          buildPlatform = "x86_64-linux";
+          hostPlatform = "riscv64-linux";
+        };
+      in
+      package.stdenv.buildPlatform.system == "x86_64-linux"
+      && package.stdenv.hostPlatform.system == "riscv64-linux"
+      && accepts package.drvPath;
+    "a machine's overlays apply to its package" =
+      let
+        package = packageOn {
+          hostPlatform = system;
+          overlays = [ (final: _: { installShellFiles = final.emptyDirectory; }) ];
+        };
+      in
+      lib.any (input: lib.getName input == "empty-directory") package.nativeBuildInputs;
 
     "Codex is led to the port" =
       codex.codexConfig.settings.model_providers.codex-responses-proxy.base_url
