@@ -31,9 +31,8 @@ let
     };
   });
   sops.options.sops = {
-    defaultSopsFile = mkOption { type = types.path; };
     secrets = secrets (name: {
-      restartUnits = mkOption { type = types.listOf types.str; };
+      sopsFile = mkOption { type = types.path; };
       path = mkOption {
         type = types.str;
         default = "/run/secrets/${name}";
@@ -78,15 +77,11 @@ let
     else
       throw (lib.concatLines (map (x: x.message) failed));
 in
-assert
-  machines.sops-nix.config.sops.secrets.openai-api-key.restartUnits == [
-    "codex-responses-proxy.service"
-  ];
 pkgs.runCommand "codex-responses-proxy-examples" { passthru = { inherit machines; }; } ''
   grep -q '^StandardInput=file:/run/agenix/openai-api-key$' ${unit "agenix"}
-  grep -q '^X-Restart-Triggers=' ${unit "agenix"}
   grep -q '^StandardInput=file:/run/secrets/openai-api-key$' ${unit "sops-nix"}
   for unit in ${unit "agenix"} ${unit "sops-nix"}; do
+    grep -q '^X-Restart-Triggers=' $unit
     grep '^After=' $unit | grep agenix-install-secrets.service | grep -q sops-install-secrets.service
   done
   touch $out

@@ -1,8 +1,5 @@
-# A machine that runs Codex from an agenix secret. `nix flake check` of the project evaluates this file with
-# stand-ins for agenix's options; against agenix's own module, in this folder:
-#
-#   nix eval --no-write-lock-file --override-input codex-responses-proxy ../../.. \
-#     --raw '.#nixosConfigurations.machine.config.systemd.units."codex-responses-proxy.service".text'
+# A machine that runs Codex with a key from agenix. `nix flake check` of the project evaluates this file with
+# stand-ins for agenix's options; `examples/nixos/check` evaluates it with the real module.
 {
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
@@ -11,7 +8,7 @@
       inputs.nixpkgs.follows = "nixpkgs";
     };
     codex-responses-proxy = {
-      # OWNER: whose copy of the project you trust with your key, your own for one
+      # OWNER: a copy of the project that you trust with your key, such as your own fork
       url = "github:OWNER/codex-responses-proxy";
       inputs.nixpkgs.follows = "nixpkgs";
     };
@@ -26,9 +23,8 @@
     }:
     {
       nixosConfigurations.machine = nixpkgs.lib.nixosSystem {
-        system = "x86_64-linux";
         modules = [
-          # beside the machine's own ./configuration.nix
+          # in addition to the machine's own ./configuration.nix
           agenix.nixosModules.default
           codex-responses-proxy.nixosModules.default
           (
@@ -37,7 +33,7 @@
               secret = config.age.secrets.openai-api-key;
             in
             {
-              # the bare key, made by `agenix -e secrets/openai-api-key.age`; the machine's SSH key opens it
+              # The key and nothing else, made by `agenix -e secrets/openai-api-key.age`; the machine's SSH key decrypts it.
               age.secrets.openai-api-key.file = ./secrets/openai-api-key.age;
               services.openssh.enable = true;
 
@@ -45,12 +41,13 @@
                 enable = true;
                 keyFile = secret.path;
                 codexConfig.enable = true;
-                # Codex sends only what is new with each turn
+                # Codex keeps a connection and sends only the new items of each turn
                 websocket = true;
               };
-              # a new key takes effect with the next switch
+              # A new key takes effect with the next switch.
               systemd.services.codex-responses-proxy.restartTriggers = [ secret.file ];
 
+              nixpkgs.hostPlatform = "x86_64-linux";
               system.stateVersion = "26.05";
             }
           )

@@ -1,8 +1,5 @@
-# A machine that runs Codex from a sops-nix secret. `nix flake check` of the project evaluates this file with
-# stand-ins for sops-nix's options; against sops-nix's own module, in this folder:
-#
-#   nix eval --no-write-lock-file --override-input codex-responses-proxy ../../.. \
-#     --raw '.#nixosConfigurations.machine.config.systemd.units."codex-responses-proxy.service".text'
+# A machine that runs Codex with a key from sops-nix. `nix flake check` of the project evaluates this file with
+# stand-ins for sops-nix's options; `examples/nixos/check` evaluates it with the real module.
 {
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
@@ -11,7 +8,7 @@
       inputs.nixpkgs.follows = "nixpkgs";
     };
     codex-responses-proxy = {
-      # OWNER: whose copy of the project you trust with your key, your own for one
+      # OWNER: a copy of the project that you trust with your key, such as your own fork
       url = "github:OWNER/codex-responses-proxy";
       inputs.nixpkgs.follows = "nixpkgs";
     };
@@ -26,30 +23,32 @@
     }:
     {
       nixosConfigurations.machine = nixpkgs.lib.nixosSystem {
-        system = "x86_64-linux";
         modules = [
-          # beside the machine's own ./configuration.nix
+          # in addition to the machine's own ./configuration.nix
           sops-nix.nixosModules.sops
           codex-responses-proxy.nixosModules.default
           (
             { config, ... }:
+            let
+              secret = config.sops.secrets.openai-api-key;
+            in
             {
-              # made by `sops secrets/secrets.yaml`, its openai-api-key the bare key; the machine's SSH key opens it
-              sops = {
-                defaultSopsFile = ./secrets/secrets.yaml;
-                # a new key takes effect with the next switch
-                secrets.openai-api-key.restartUnits = [ "codex-responses-proxy.service" ];
-              };
+              # Made by `sops secrets/openai-api-key.yaml`, with the key under `openai-api-key`; the machine's SSH key
+              # decrypts it. A file of its own: a change of any secret in it restarts the service.
+              sops.secrets.openai-api-key.sopsFile = ./secrets/openai-api-key.yaml;
               services.openssh.enable = true;
 
               services.codex-responses-proxy = {
                 enable = true;
-                keyFile = config.sops.secrets.openai-api-key.path;
+                keyFile = secret.path;
                 codexConfig.enable = true;
-                # Codex sends only what is new with each turn
+                # Codex keeps a connection and sends only the new items of each turn
                 websocket = true;
               };
+              # A new key takes effect with the next switch.
+              systemd.services.codex-responses-proxy.restartTriggers = [ secret.sopsFile ];
 
+              nixpkgs.hostPlatform = "x86_64-linux";
               system.stateVersion = "26.05";
             }
           )
