@@ -50,7 +50,12 @@
       checks = forEachSystem (
         pkgs:
         import ./nix/checks.nix {
-          inherit self nixpkgs pkgs;
+          inherit
+            self
+            nixpkgs
+            crane
+            pkgs
+            ;
           built = build pkgs;
         }
       );

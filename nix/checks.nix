@@ -2,6 +2,7 @@
 {
   self,
   nixpkgs,
+  crane,
   pkgs,
   built,
 }:
@@ -44,6 +45,15 @@ in
       exit 1
     fi
   '';
+
+  # default.nix gives the flake's outputs.
+  without-flakes =
+    let
+      imported = import ../default.nix { inherit nixpkgs crane; };
+    in
+    assert imported.packages.${system}.default.drvPath == self.packages.${system}.default.drvPath;
+    assert lib.attrNames imported.nixosModules == lib.attrNames self.nixosModules;
+    pkgs.emptyFile;
 
   # The demo shows what it is there for.
   demo = pkgs.runCommand "codex-responses-proxy-demo-check" { } ''
