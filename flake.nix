@@ -44,6 +44,13 @@
         }
         // lib.optionalAttrs pkgs.stdenv.hostPlatform.isLinux {
           static = (build pkgs.pkgsStatic).package;
+          # for systems with systemd that aren't NixOS; also in contrib/systemd
+          units = pkgs.linkFarm "codex-responses-proxy-units" (
+            lib.mapAttrs' (unit: text: {
+              name = "lib/systemd/system/${unit}";
+              value = pkgs.writeText unit text;
+            }) (import ./nix/units.nix { inherit self nixpkgs; })
+          );
         }
       );
 

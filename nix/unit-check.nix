@@ -43,6 +43,8 @@ let
   provider =
     settings: (options settings).codexConfig.settings.model_providers.codex-responses-proxy;
 
+  units = import ./units.nix { inherit self nixpkgs; };
+
   claims = with configurations; {
     "the key is on stdin" = set plain "StandardInput=file:/run/secrets/openai-api-key";
     "everybody is served unless users are named" = !lib.hasInfix "--allow-user" (command plain);
@@ -94,6 +96,12 @@ let
         };
       in
       lib.any (input: lib.getName input == "empty-directory") package.nativeBuildInputs;
+
+    "contrib/systemd has the units that the module renders" =
+      units
+      == lib.mapAttrs (unit: _: builtins.readFile (../contrib/systemd + "/${unit}")) (
+        builtins.readDir ../contrib/systemd
+      );
 
     "Codex is led to the port" =
       codex.codexConfig.settings.model_providers.codex-responses-proxy.base_url
