@@ -1,6 +1,12 @@
 # A NixOS machine: says for NixOS, its switches and its names over TLS what tests/systemd says for systemd.
 { self }:
 { lib, pkgs, ... }:
+let
+  scripts = lib.fileset.toSource {
+    root = ../tests/systemd;
+    fileset = ../tests/systemd;
+  };
+in
 {
   name = "codex-responses-proxy";
 
@@ -38,21 +44,55 @@
     }) (removeAttrs (import ./configurations.nix) [ "plain" ]);
   };
 
+  # A machine whose SSH host key decrypts the OpenAI key at activation, as agenix does it.
+  nodes.age = {
+    imports = [ self.nixosModules.default ];
+
+    services.openssh.enable = true;
+    environment.systemPackages = [ pkgs.age ];
+    system.activationScripts.decrypt.text = ''
+      if [ -e /etc/openai-api-key.age ]; then
+        mkdir -p -m 0751 /run/agenix
+        (umask 377; ${lib.getExe pkgs.age} --decrypt --identity /etc/ssh/ssh_host_ed25519_key \
+          --output /run/agenix/openai-api-key /etc/openai-api-key.age)
+      fi
+    '';
+
+    systemd.services.upstream = {
+      wantedBy = [ "multi-user.target" ];
+      script = "${lib.getExe pkgs.python3} ${scripts}/upstream.py";
+    };
+    services.codex-responses-proxy = {
+      enable = true;
+      keyFile = "/run/agenix/openai-api-key";
+      upstreamUrl = "http://127.0.0.1:9001/v1/responses";
+    };
+  };
+
   testScript =
     let
       configure = pkgs.writeShellScript "configure" ''
         [ "$1" = plain ] && system=/run/booted-system || system=/run/booted-system/specialisation/$1
         exec $system/bin/switch-to-configuration test
       '';
-      shown = lib.fileset.toSource {
-        root = ../tests/systemd;
-        fileset = ../tests/systemd;
-      };
     in
     ''
+      start_all()
       machine.wait_for_unit("codex-responses-proxy.socket")
-      machine.succeed("CONFIGURE=${configure} UPSTREAM_TLS=yes bash ${shown}/test.sh >&2", timeout=1800)
+      machine.succeed("CONFIGURE=${configure} UPSTREAM_TLS=yes bash ${scripts}/test.sh >&2", timeout=1800)
       tables = "import tomllib; print(tomllib.load(open('/etc/codex/config.toml', 'rb'))['model_providers'])"
       assert "codex-responses-proxy" in machine.succeed(f'python3 -c "{tables}"')
+
+      age.wait_for_file("/etc/ssh/ssh_host_ed25519_key.pub")
+      age.succeed(
+          "echo sk-out-of-an-age-file |"
+          " age --recipients-file /etc/ssh/ssh_host_ed25519_key.pub --output /etc/openai-api-key.age"
+      )
+      age.shutdown()
+      age.wait_for_unit("codex-responses-proxy.service")
+      age.wait_for_open_port(9001, "127.0.0.1")
+      age.succeed("curl --fail --silent --json '{}' http://127.0.0.1:8399/v1/responses | grep '1 of 1'")
+      age.succeed("grep --line-regexp 'Bearer sk-out-of-an-age-file' /run/upstream.keys")
+      age.succeed("[ \"$(systemctl show --property NRestarts --value codex-responses-proxy)\" = 0 ]")
     '';
 }
