@@ -43,6 +43,14 @@ let
   provider =
     settings: (options settings).codexConfig.settings.model_providers.codex-responses-proxy;
 
+  # The options of the module, and those of the table in docs/nixos.md.
+  moduleOptions = map (option: lib.concatStringsSep "." (lib.drop 2 option.loc)) (
+    lib.collect lib.isOption (machine native { }).options.services.codex-responses-proxy
+  );
+  documentedOptions = lib.concatMap (line: lib.defaultTo [ ] (builtins.match "\\| `([^`]+)` \\|.*" line)) (
+    lib.splitString "\n" (builtins.readFile ../docs/nixos.md)
+  );
+
   units = import ./units.nix { inherit self nixpkgs; };
 
   claims = with configurations; {
@@ -97,6 +105,8 @@ let
       in
       lib.any (input: lib.getName input == "empty-directory") package.nativeBuildInputs;
 
+    "docs/nixos.md lists the module's options" =
+      lib.naturalSort moduleOptions == lib.naturalSort documentedOptions;
     "contrib/systemd has the units that the module renders" =
       units
       == lib.mapAttrs (unit: _: builtins.readFile (../contrib/systemd + "/${unit}")) (
