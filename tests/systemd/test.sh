@@ -65,6 +65,8 @@ request() { as "$1" curl --silent --max-time 120 --json "$3" "${@:4}" "http://12
 post() { request "$1" "${2:-8399}" '{"events": 2, "pause": 0.01}' --output /dev/null --write-out '%{http_code}\n'; }
 answers() { equal "$(post "$@")" 200; }
 refuses() { equal "$(post "$@")" 403; }
+# websocket USER [HOLD]: the reply to a message over a WebSocket, or the status of its handshake
+websocket() { as "$1" python3 websocket.py 8399 "${@:2}"; }
 last_key() { tail -n 1 /run/upstream.keys; }
 # listens USER PORT: whether the user can take the port
 listens() { as "$1" python3 -c "import socket; socket.create_server(('127.0.0.1', $2))"; }
@@ -136,6 +138,7 @@ streams() {
 check "events come as they are sent" streams
 check "anything else is refused" equal \
   "$(curl --silent --output /dev/null --write-out '%{http_code}' http://127.0.0.1:8399/v1/models)" 403
+check "a WebSocket handshake is rejected by default" equal "$(websocket alice)" 403
 if [ -e /etc/codex/config.toml ]; then
   check "Codex is led here" grep --quiet --fixed-strings 127.0.0.1:8399/v1 /etc/codex/config.toml
 fi
@@ -301,6 +304,17 @@ check "bob is refused" refuses bob
 check "carol of the developers is answered" answers carol
 check "root is refused" refuses root
 check "the journal names bob's uid" says "uid=$(id -u bob)"
+check "alice opens a WebSocket" equal "$(websocket alice)" hello
+check "with the key" equal "$(last_key)" "Bearer $second_key"
+check "bob's handshake is refused" equal "$(websocket bob)" 403
+touch hold
+websocket alice hold >/run/websocket &
+holder=$!
+check "a WebSocket stays open" within 20 grep --quiet hello /run/websocket
+check "root finds the key once while it is open" equal "$(counts "$(property MainPID)" $second_key)" 1
+rm hold
+wait $holder
+check "and closes" equal $? 0
 shutdown() { as "$1" curl --silent --output /dev/null --write-out '%{http_code}' http://127.0.0.1:8399/shutdown; }
 check "bob can't shut it down" equal "$(shutdown bob)" 403
 usermod --append --groups developers bob
@@ -318,6 +332,24 @@ systemctl restart --no-block $service
 check "an unknown name fails the start" within 20 has SubState auto-restart
 check "and is named in the journal" says nobody-by-this-name
 systemctl stop $socket
+
+part "the program started by root, without systemd"
+program=$(sed -n 's/^ExecStart="\([^"]*\)".*/\1/p' /etc/systemd/system/$service)
+upstream=(--upstream-url http://127.0.0.1:9001/v1/responses)
+[ -z "${UPSTREAM_TLS:-}" ] ||
+  upstream=(--upstream-url https://upstream.test:9001/v1/responses --upstream-ca /run/upstream/ca.pem)
+printf '%s\n' $key | "$program" --port 8402 "${upstream[@]}" 2>/run/root.log &
+process=$!
+check "alice's request succeeds" within 20 answers alice 8402
+check "with the key" equal "$(last_key)" "Bearer $key"
+# id_of KIND: the id of that kind, if real, effective, saved and filesystem id are the same
+id_of() { sed -n "s/^$1:\t\([0-9]*\)\t\1\t\1\t\1\$/\1/p" "/proc/$process/status"; }
+check "it runs as a user that nobody else is" test "$(id_of Uid)" -ge $((0x70000000))
+check "and as such a group" test "$(id_of Gid)" -ge $((0x70000000))
+check "root finds the key in its memory once" equal "$(counts $process $key)" 1
+kill $process
+wait $process
+check "it exits with status 0" equal $? 0
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

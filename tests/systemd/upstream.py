@@ -1,10 +1,12 @@
 """A stand-in Responses API on 127.0.0.1:9001, over plain sockets, or over TLS: upstream.py [CERTIFICATE KEY].
 
 A request's JSON body says how many events the answer has and how many seconds lie between them, or that each waits
-for the one before to be seen: `"seen": FOLDER` says so by a file for each, named by its number. Each key that comes
-in is a line of /run/upstream.keys.
+for the one before to be seen: `"seen": FOLDER` says so by a file for each, named by its number. A WebSocket's messages
+are echoed. Each key that comes in is a line of /run/upstream.keys.
 """
 
+import base64
+import hashlib
 import json
 import os
 import socket
@@ -33,14 +35,31 @@ def body(reader, headers):
     return reader.read(int(headers.get("content-length", 0)))
 
 
+def echo(connection, reader, key):
+    """Accepts a WebSocket handshake and echoes messages of up to 125 bytes."""
+    accept = base64.b64encode(hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    connection.sendall(
+        b"HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-accept: %s\r\n\r\n" % accept
+    )
+    while head := reader.read(2):
+        length = head[1] & 0x7F
+        mask = reader.read(4)
+        message = bytes(byte ^ mask[i % 4] for i, byte in enumerate(reader.read(length)))
+        connection.sendall(bytes([head[0], length]) + message)
+
+
 def serve(connection, keys):
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     reader = connection.makefile("rb")
     try:
         while lines := head(reader):
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-            wanted = json.loads(body(reader, headers) or b"{}")
             os.write(keys, headers.get("authorization", "none").encode() + b"\n")
+            if headers.get("upgrade") == "websocket":
+                echo(connection, reader, headers["sec-websocket-key"])
+                break
+            wanted = json.loads(body(reader, headers) or b"{}")
             connection.sendall(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
