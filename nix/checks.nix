@@ -105,9 +105,9 @@ in
     touch $out
   '';
 
-  unit = import ./unit-check.nix { inherit self nixpkgs pkgs; };
+  unit = import ./tests/module.nix { inherit self nixpkgs pkgs; };
 
-  examples = import ./examples-check.nix { inherit self nixpkgs pkgs; };
+  examples = import ./tests/examples.nix { inherit self nixpkgs pkgs; };
 
-  vm = pkgs.testers.runNixOSTest (import ./vm-test.nix { inherit self; });
+  vm = pkgs.testers.runNixOSTest (import ./tests/vm.nix { inherit self; });
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What the module's units promise, shown on a machine that runs them: under Debian's systemd by ./run, on NixOS by
-# nix/vm-test.nix. Runs as root; one line for each thing shown, status 1 if one is not.
+# nix/tests/vm.nix. Runs as root; one line for each thing shown, status 1 if one is not.
 #
 # CONFIGURE is a command that switches the machine to the configuration named by its argument: plain, other-port or
-# restricted (see nix/configurations.nix). Without it, the units in the folder configurations are installed. With UPSTREAM_TLS
+# restricted (see nix/tests/lib/scenarios.nix). Without it, the units in the folder configurations are installed. With UPSTREAM_TLS
 # the stand-in upstream speaks TLS, as upstream.test, with a certificate by /run/upstream/ca.pem.
 #
 # What can't be done is done beside it where it can: the lines that say "but".

@@ -7,7 +7,7 @@
 let
   inherit (pkgs) lib;
   inherit (pkgs.stdenv.hostPlatform) system;
-  inherit (import ./rendered.nix { inherit self nixpkgs system; }) configurations machine;
+  inherit (import ./lib/render.nix { inherit self nixpkgs system; }) scenarios machine;
 
   lines =
     configuration:
@@ -48,12 +48,12 @@ let
     lib.collect lib.isOption (machine native { }).options.services.codex-responses-proxy
   );
   documentedOptions = lib.concatMap (line: lib.defaultTo [ ] (builtins.match "\\| `([^`]+)` \\|.*" line)) (
-    lib.splitString "\n" (builtins.readFile ../docs/nixos.md)
+    lib.splitString "\n" (builtins.readFile ../../docs/nixos.md)
   );
 
-  units = import ./units.nix { inherit self nixpkgs; };
+  units = import ../units.nix { inherit self nixpkgs; };
 
-  claims = with configurations; {
+  claims = with scenarios; {
     "the key is on stdin" = set plain "StandardInput=file:/run/secrets/openai-api-key";
     "everybody is served unless users are named" = !lib.hasInfix "--allow-user" (command plain);
     "named users are" = lib.hasSuffix ''"--allow-user" "alice" "--allow-user" "@developers"'' (
@@ -109,8 +109,8 @@ let
       lib.naturalSort moduleOptions == lib.naturalSort documentedOptions;
     "contrib/systemd has the units that the module renders" =
       units
-      == lib.mapAttrs (unit: _: builtins.readFile (../contrib/systemd + "/${unit}")) (
-        builtins.readDir ../contrib/systemd
+      == lib.mapAttrs (unit: _: builtins.readFile (../../contrib/systemd + "/${unit}")) (
+        builtins.readDir ../../contrib/systemd
       );
 
     "Codex is led to the port" =
@@ -129,7 +129,7 @@ let
   wrong = lib.attrNames (lib.filterAttrs (_: holds: !holds) claims);
 in
 if wrong == [ ] then
-  pkgs.runCommand "codex-responses-proxy-unit" { passthru.rendered = configurations; } ''
+  pkgs.runCommand "codex-responses-proxy-unit" { passthru.rendered = scenarios; } ''
     printf '%s\n' ${lib.escapeShellArgs (lib.attrNames claims)} >$out
   ''
 else

@@ -1,4 +1,4 @@
-# The module's configurations that the machine tests go through.
+# The module's scenarios that the machine tests go through.
 {
   plain = { };
   other-port.port = 8400;

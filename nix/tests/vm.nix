@@ -3,8 +3,8 @@
 { lib, pkgs, ... }:
 let
   scripts = lib.fileset.toSource {
-    root = ../tests/systemd;
-    fileset = ../tests/systemd;
+    root = ../../tests/systemd;
+    fileset = ../../tests/systemd;
   };
 in
 {
@@ -38,10 +38,10 @@ in
       codexConfig.enable = true;
     };
 
-    # other configurations to switch to
+    # other scenarios to switch to
     specialisation = lib.mapAttrs (_: settings: {
       configuration.services.codex-responses-proxy = settings;
-    }) (removeAttrs (import ./configurations.nix) [ "plain" ]);
+    }) (removeAttrs (import ./lib/scenarios.nix) [ "plain" ]);
   };
 
   # A machine whose SSH host key decrypts the OpenAI key at activation, as agenix does it.

@@ -55,10 +55,10 @@ let
       };
 
   machines = {
-    agenix = machine ../examples/nixos/agenix/flake.nix {
+    agenix = machine ../../examples/nixos/agenix/flake.nix {
       agenix.nixosModules.default = agenix;
     };
-    sops-nix = machine ../examples/nixos/sops-nix/flake.nix {
+    sops-nix = machine ../../examples/nixos/sops-nix/flake.nix {
       sops-nix.nixosModules.sops = sops;
     };
   };

@@ -1,4 +1,4 @@
-# What NixOS would install for the machine tests' configurations: paths below / and their text.
+# What NixOS would install for the machine tests' scenarios: paths below / and their text.
 # The text has lost its string context, so that reading it builds nothing.
 {
   self,
@@ -53,5 +53,5 @@ let
 in
 {
   inherit machine;
-  configurations = lib.mapAttrs (_: render) (import ./configurations.nix);
+  scenarios = lib.mapAttrs (_: render) (import ./scenarios.nix);
 }
