@@ -1,4 +1,4 @@
-# What `nix flake check` builds.
+# The checks that `nix flake check` builds.
 {
   self,
   nixpkgs,
@@ -13,14 +13,14 @@ let
   inherit (self.packages.${system}) static;
   exe = lib.getExe built.package;
 
-  # A store path as it stands in a file: Nix's digits know no e, which is what crane overwrites them with.
+  # Matches store paths in a file. Nix's base 32 has no e, so it doesn't match the paths that crane overwrote with e.
   storePath = "${builtins.storeDir}/[0-9a-df-np-sv-z]{32}-[a-zA-Z0-9+._?=-]+";
 
   nixFiles = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.fileFilter (file: file.hasExt "nix") ../.;
   };
-  # What a tool says of every Nix file here.
+  # Runs a linter on every Nix file.
   lint =
     tool: command:
     pkgs.runCommand "codex-responses-proxy-${lib.getName tool}" { nativeBuildInputs = [ tool ]; } ''
@@ -29,8 +29,8 @@ let
     '';
 in
 {
-  # The program starts and holds no path of the toolchain or of a dependency's source; its manual and completions
-  # know its flags.
+  # The program starts and holds no path of the toolchain or of a dependency's source. Its man page and completions
+  # have its flags.
   package = pkgs.runCommand "codex-responses-proxy-package" { } ''
     ${exe} --version
     ${exe} --help >/dev/null
@@ -41,12 +41,12 @@ in
     done
     { grep -aohE '${storePath}' ${exe} || true; } | sort -u | tee $out
     if grep -E -- '-(cargo|rust|vendor|source|gcc-wrapper|clang-wrapper)' $out; then
-      echo "the program holds paths of what it was built with" >&2
+      echo "the program holds paths of its build inputs" >&2
       exit 1
     fi
   '';
 
-  # default.nix gives the flake's outputs.
+  # default.nix has the outputs of the flake.
   without-flakes =
     let
       imported = import ../default.nix { inherit nixpkgs crane; };
@@ -55,9 +55,10 @@ in
     assert lib.attrNames imported.nixosModules == lib.attrNames self.nixosModules;
     pkgs.emptyFile;
 
-  # The demo shows what it is there for.
+  # The demo runs to its end.
   demo = pkgs.runCommand "codex-responses-proxy-demo-check" { } ''
-    ${lib.getExe built.demo} </dev/null | tee $out
+    ${lib.getExe built.demo} </dev/null
+    touch $out
   '';
 
   clippy = craneLib.cargoClippy (
@@ -87,7 +88,7 @@ in
     }
   );
 
-  # advisories change by the day and need the network: .github/workflows/advisories.yml
+  # Advisories change daily and need the network: see .github/workflows/advisories.yml.
   deny = craneLib.cargoDeny {
     src = sources.deny;
     cargoDenyChecks = "bans licenses sources";
@@ -97,7 +98,7 @@ in
   deadnix = lint pkgs.deadnix "deadnix --fail";
 }
 // lib.optionalAttrs isLinux {
-  # The static build runs, needs no loader and holds no store path at all.
+  # The static build runs, needs no loader and holds no store path.
   static = pkgs.runCommandCC "codex-responses-proxy-static" { } ''
     ${lib.getExe static} --version
     if readelf -lW ${lib.getExe static} | grep INTERP; then exit 1; fi

@@ -1,4 +1,4 @@
-# `packageFor` builds the program with a machine's own package set: its platform, its overlays, its cross compiler.
+# `packageFor` builds the program with the machine's own `pkgs`.
 { packageFor }:
 {
   config,
@@ -18,20 +18,20 @@ let
   cfg = config.services.${name};
   toml = pkgs.formats.toml { };
 
-  # systemd reads % in a unit as the start of a specifier
+  # In a unit, % starts a specifier.
   escapeSpecifiers = lib.replaceStrings [ "%" ] [ "%%" ];
 
   # The kernel is queried for the owners of connections.
   checksOwners = cfg.allowedUsers != null || cfg.upstreamUser != null;
 
-  # Where secrets are installed by one of these units, nothing else orders it before a service.
+  # With userborn or sysusers, one of these units installs the secrets. Neither is ordered before other services.
   secretUnits = [
     "agenix-install-secrets.service"
     "sops-install-secrets.service"
   ];
 in
 {
-  # imported under both of its names, it is one module
+  # The same key for both of its names in the flake: importing both is importing it once.
   key = "codex-responses-proxy#nixosModules.default";
   _class = "nixos";
 
@@ -46,16 +46,16 @@ in
     };
 
     keyFile = mkOption {
-      # a path literal would be copied to the store, which every user can read
+      # A path literal would be copied to the store, where every user can read it.
       type = types.externalPath // {
-        description = "a string: an absolute path outside the Nix store";
+        description = "absolute path outside the Nix store, as a string";
       };
       example = lib.literalExpression "config.age.secrets.openai-api-key.path";
       description = ''
-        File that holds the OpenAI API key and nothing else, on its first line.
-        systemd opens it as root and hands it to the service as its standard
-        input, so it should be readable by root alone: the service's own user
-        can't open it, and needn't.
+        File with the OpenAI API key and nothing else, on its first line.
+        systemd opens it as root and passes it to the service as its standard
+        input. The service's own user cannot open it, so it should be readable
+        by root alone.
 
         This is the path of the decrypted secret on the running machine, such as
         {option}`config.age.secrets.<name>.path` with agenix or
@@ -67,9 +67,9 @@ in
       type = types.port;
       default = 8399;
       description = ''
-        Port on 127.0.0.1 to listen on. systemd holds it as long as
-        {file}`codex-responses-proxy.socket` is active, so that no other user can
-        take it while the service restarts.
+        Port on 127.0.0.1 to listen on. systemd holds it while
+        {file}`codex-responses-proxy.socket` is active, so no other user can take
+        it while the service restarts.
       '';
     };
 
@@ -78,8 +78,8 @@ in
       default = "https://api.openai.com/v1/responses";
       example = "https://NAME.openai.azure.com/openai/v1/responses";
       description = ''
-        Absolute URL that requests are forwarded to; its query is kept.
-        `http://` is accepted for a loopback host only.
+        Absolute URL to forward requests to, including its query. `http://` is
+        accepted for loopback hosts only.
       '';
     };
 
@@ -88,8 +88,8 @@ in
       default = null;
       example = "/etc/ssl/certs/company.pem";
       description = ''
-        PEM bundle of certificates to trust for the upstream, beside the root
-        certificates that are built in. Every user must be able to read it.
+        PEM bundle of certificates to trust for the upstream, in addition to the
+        built-in root certificates. It must be readable by every user.
       '';
     };
 
@@ -115,10 +115,10 @@ in
         "@developers"
       ];
       description = ''
-        Local users who are served: names, numeric ids, or groups with a leading
-        `@`. The kernel is asked for each connection's owner; everyone else gets
-        a 403. With `null` every local user is served; a list can't be empty, so
-        that one which is computed never opens the door by accident.
+        Local users to serve: names, UIDs, or groups with a leading `@`. The
+        kernel reports the owner of each connection; other users get a 403. With
+        `null`, every local user is served. An empty list is rejected, so a
+        computed list that turns out empty doesn't admit everyone.
       '';
     };
 
@@ -126,7 +126,7 @@ in
       type = types.bool;
       default = false;
       description = ''
-        Whether `GET /shutdown` ends the service. The next connection starts it
+        Whether `GET /shutdown` stops the service. The next connection starts it
         again.
       '';
     };
@@ -136,9 +136,9 @@ in
       default = false;
       description = ''
         Whether to forward WebSocket handshakes on `GET /v1/responses` as well.
-        Codex then keeps one connection for a session and sends only what is new
-        with each turn. With {option}`codexConfig.enable`, Codex is told to use
-        it.
+        Codex then keeps one connection per session and sends only the new items
+        of each turn. With {option}`codexConfig.enable`, Codex is configured to
+        use it.
       '';
     };
 
@@ -151,13 +151,13 @@ in
       description = ''
         Environment variables of the service, such as {env}`HTTPS_PROXY`,
         {env}`ALL_PROXY` and {env}`NO_PROXY`;
-        {option}`config.networking.proxy.envVars` has the machine's own. They end
-        up in the Nix store, which every user can read.
+        {option}`config.networking.proxy.envVars` has the machine's own. They are
+        stored in the Nix store, where every user can read them.
       '';
     };
 
     codexConfig = {
-      enable = mkEnableOption "{file}`/etc/codex/config.toml`, which makes Codex use this proxy for every user; a user's own {file}`~/.codex/config.toml` takes precedence over it";
+      enable = mkEnableOption "{file}`/etc/codex/config.toml`, which makes Codex use this proxy for every user. A user's own {file}`~/.codex/config.toml` takes precedence";
 
       settings = mkOption {
         inherit (toml) type;
@@ -167,8 +167,8 @@ in
           approval_policy = "on-request";
         };
         description = ''
-          What else {file}`/etc/codex/config.toml` says, beside the model provider
-          that stands for this proxy.
+          Settings in {file}`/etc/codex/config.toml`, in addition to the model
+          provider of this proxy.
         '';
       };
     };
@@ -178,11 +178,11 @@ in
     assertions = [
       {
         assertion = builtins.match "[^\n\\\\]*[^\n\\\\[:space:]]" cfg.keyFile != null;
-        message = "services.${name}.keyFile must not hold a newline or a backslash, nor end in a space.";
+        message = "services.${name}.keyFile must not contain a newline or a backslash, or end in a space.";
       }
     ];
 
-    # Who owns a connection is asked over these; hosts that lock modules need them early.
+    # The kernel reports the owners of connections through these. Hosts that lock modules need them early.
     boot.kernelModules = lib.mkIf checksOwners [
       "inet_diag"
       "tcp_diag"
@@ -205,23 +205,23 @@ in
       sockets.${name} = {
         description = "Loopback port of the Codex responses proxy";
         wantedBy = [ "sockets.target" ];
-        # see the service of that name
+        # see that service
         requires = [ "${name}-port.service" ];
         after = [ "${name}-port.service" ];
         listenStreams = [ "127.0.0.1:${toString cfg.port}" ];
-        # The port stays ours however often the service fails to start.
+        # Keep the port, no matter how often the service fails to start.
         socketConfig.TriggerLimitIntervalSec = 0;
       };
 
-      # A switch to another configuration leaves a changed socket as it was. Stopping it with
-      # every change of the service instead (NixOS's default) would let another user take the
-      # port meanwhile. So the socket hangs on this unit, which changes with the port only.
+      # A switch to another configuration doesn't restart a changed socket. Stopping it with
+      # every change of the service (NixOS's default) would let another user take the port
+      # meanwhile. So the socket requires this unit, which changes with the port only.
       services."${name}-port" = {
-        description = "Port of the Codex responses proxy, by number";
+        description = "Port number of the Codex responses proxy";
         restartTriggers = [ cfg.port ];
         stopIfChanged = false;
         enableDefaultPath = false;
-        # these change with every update of nixpkgs
+        # These change with every update of nixpkgs.
         environment = {
           LOCALE_ARCHIVE = lib.mkForce null;
           TZDIR = lib.mkForce null;
@@ -238,7 +238,7 @@ in
 
       services.${name} = {
         description = "Codex responses proxy";
-        # at boot and not at the first request, so that a missing key shows
+        # At boot, not at the first request, so that a missing key is noticed.
         wantedBy = [ "multi-user.target" ];
         bindsTo = [ "${name}.socket" ];
         wants = secretUnits;
@@ -275,22 +275,22 @@ in
               user
             ]) (lib.defaultTo [ ] cfg.allowedUsers)
           );
-          # Opened by systemd, as root; credentials would come too late for that.
+          # Opened by systemd as root. Credentials are set up after stdin is opened.
           StandardInput = "file:${escapeSpecifiers cfg.keyFile}";
-          # a key that stays away fills no journal
+          # A key that stays missing must not fill the journal.
           Restart = "on-failure";
           RestartSec = "5s";
           RestartSteps = 10;
           RestartMaxDelaySec = "1min";
-          # streams in flight have 30 s to finish
+          # Open streams have 30 s to finish.
           TimeoutStopSec = "40s";
 
-          # No root directory of its own, though that would look tighter: name resolution needs the
-          # folder of nscd's socket, which is another one after nscd has restarted.
+          # No root directory of its own: name resolution needs the directory of nscd's socket, which
+          # is replaced when nscd restarts.
           DynamicUser = true;
           UMask = "0077";
 
-          # The key's page is locked; nothing else of the process shall reach a disk either.
+          # The key's page is locked. Keep the rest of the process off the disk, too.
           LimitCORE = 0;
           MemorySwapMax = 0;
           # 4,096 clients that are stuck in both directions take 1.1 GB, and socket buffers count, too.
@@ -307,7 +307,7 @@ in
           PrivateIPC = true;
           PrivateMounts = true;
           PrivateTmp = true;
-          # Hides other users' ids, which is what the kernel answers with.
+          # Hides the UIDs of other users, which the kernel reports.
           PrivateUsers = !checksOwners;
           ProcSubset = "pid";
           ProtectClock = true;
@@ -323,14 +323,14 @@ in
           RestrictAddressFamilies = [
             "AF_INET"
             "AF_INET6"
-            # name resolution and readiness
+            # name resolution and sd_notify
             "AF_UNIX"
           ]
           ++ lib.optional checksOwners "AF_NETLINK";
           RestrictNamespaces = true;
           RestrictRealtime = true;
           RestrictSUIDSGID = true;
-          # the port comes from systemd
+          # The port comes from systemd.
           SocketBindDeny = "any";
           SystemCallArchitectures = "native";
           SystemCallErrorNumber = "EPERM";

@@ -1,11 +1,11 @@
-# The program and its demo, and what the checks need to build more.
+# The program, its demo, and the arguments for building the checks.
 {
   lib,
   installShellFiles,
   craneLib,
-  # crane for the machine that builds: what it makes is run there
+  # crane for the build platform
   buildCraneLib,
-  # passthru.tests of the program
+  # the program's passthru.tests
   tests,
 }:
 let
@@ -17,7 +17,7 @@ let
       fileset = fs.unions files;
     };
 
-  # What the program is made of. Nothing else changes its store path.
+  # The sources of the program. No other file changes its store path.
   program = [
     ../.cargo/config.toml
     ../Cargo.lock
@@ -27,7 +27,7 @@ let
   ];
   sources = {
     program = source program;
-    # everything that cargo compiles
+    # all files that cargo compiles
     all = source (
       program
       ++ [
@@ -43,11 +43,11 @@ let
     strictDeps = true;
     # tests and the demo listen on loopback
     __darwinAllowLocalNetworking = true;
-    # aws-lc is built from source: no library of the system's slips in
+    # Build aws-lc from source, and never link a library of the system.
     env.AWS_LC_SYS_USE_SYSTEM = "0";
   };
 
-  # In release, with no tests and what they depend on: all that installing the program takes.
+  # The release profile without development dependencies: all that is built to install the program.
   releaseArgs = common // {
     src = sources.program;
     doCheck = false;
@@ -58,7 +58,7 @@ let
     );
   };
 
-  # For the demo and the checks, so that not every test goes through link-time optimisation.
+  # For the demo and the checks: link-time optimisation of every test would take too long.
   devArgs = common // {
     src = sources.all;
     CARGO_PROFILE = "dev";
@@ -77,8 +77,8 @@ let
     description = "Lets unprivileged users run Codex without holding the OpenAI API key";
     longDescription = ''
       A proxy on loopback that reads an OpenAI API key from its standard input,
-      forwards POST /v1/responses with that key added, and refuses everything
-      else. It takes the command lines of OpenAI's own codex-responses-api-proxy.
+      forwards POST /v1/responses with that key added, and rejects everything
+      else. A drop-in replacement for OpenAI's codex-responses-api-proxy.
     '';
     license = [
       lib.licenses.mit
@@ -89,7 +89,7 @@ let
     platforms = lib.platforms.linux ++ lib.platforms.darwin;
   };
 
-  # The man page and the completions. They are the same for every platform, so they are made on the one that builds.
+  # The man page and the completions, made on the build platform: a cross build cannot run its own output.
   assets = buildCraneLib.mkCargoDerivation {
     pname = "codex-responses-proxy-assets";
     src = sources.program;
@@ -118,7 +118,7 @@ let
         $out/bin/${meta.mainProgram} --version | grep --fixed-strings "$version"
         runHook postInstallCheck
       '';
-      # no trace of where it was built
+      # no path of the build in the output
       disallowedReferences = [
         assets
         package.cargoVendorDir
@@ -136,7 +136,7 @@ let
       doCheck = false;
       postInstall = "mv $out/bin/demo $out/bin/codex-responses-proxy-demo";
       meta = meta // {
-        description = "Shows codex-responses-proxy at work, with no account and no internet";
+        description = "Demo of codex-responses-proxy that needs no account and no internet";
         mainProgram = "codex-responses-proxy-demo";
       };
     }

@@ -1,5 +1,5 @@
-# The example configurations evaluate, against small stand-ins for agenix and sops-nix, and give the units that
-# they promise.
+# Evaluates the example machines with small stand-ins for agenix and sops-nix, and checks their units.
+# examples/nixos/check does so with the real modules.
 {
   self,
   nixpkgs,
@@ -22,7 +22,7 @@ let
       );
     };
 
-  # as much of their options as the examples use
+  # the options that the examples use
   agenix.options.age.secrets = secrets (name: {
     file = mkOption { type = types.path; };
     path = mkOption {
@@ -50,7 +50,7 @@ let
       }
     )).nixosConfigurations.machine.extendModules
       {
-        # what a real machine's configuration.nix brings
+        # in place of a real machine's hardware configuration
         modules = [ { boot.isContainer = true; } ];
       };
 

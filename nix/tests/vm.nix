@@ -1,4 +1,5 @@
-# A NixOS machine: says for NixOS, its switches and its names over TLS what tests/systemd says for systemd.
+# NixOS VM test: runs tests/systemd with the module, plus switching between configurations, TLS by host name, and a key
+# that is decrypted at activation.
 { self }:
 { lib, pkgs, ... }:
 let

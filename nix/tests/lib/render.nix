@@ -1,5 +1,5 @@
-# What NixOS would install for the machine tests' scenarios: paths below / and their text.
-# The text has lost its string context, so that reading it builds nothing.
+# The units of each scenario as NixOS would install them: paths below / and their text. The string context of the
+# text is discarded, so reading it builds nothing.
 {
   self,
   nixpkgs,
@@ -13,7 +13,7 @@ let
     platform: settings:
     lib.nixosSystem {
       modules = [
-        # both names, as a machine might import them
+        # A machine may import both names: they are one module.
         self.nixosModules.default
         self.nixosModules.codex-responses-proxy
         {
@@ -24,7 +24,7 @@ let
               enable = true;
               package = lib.mkDefault self.packages.${system}.default;
               keyFile = lib.mkDefault "/run/secrets/openai-api-key";
-              # where the machine test's stand-in listens
+              # the machine test's stand-in upstream
               upstreamUrl = "http://127.0.0.1:9001/v1/responses";
             }
             settings

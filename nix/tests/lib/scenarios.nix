@@ -1,4 +1,4 @@
-# The module's scenarios that the machine tests go through.
+# Settings of the module that the machine tests switch between.
 {
   plain = { };
   other-port.port = 8400;
