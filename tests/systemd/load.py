@@ -1,6 +1,6 @@
-"""Four clients that send one request after the other, each over a new connection, until /run/load.stop is there.
+"""Four clients that send requests one by one, each over a new connection, until /run/load.stop exists.
 
-Each whole answer is a byte more in /run/load.whole. Prints what came of them as one line of JSON.
+Each complete response appends a byte to /run/load.whole. Prints the totals as one line of JSON.
 """
 
 import json
@@ -18,14 +18,14 @@ REQUEST = (
 def one(port):
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(REQUEST)
-        answer = b""
+        response = b""
         while part := connection.recv(65536):
-            answer += part
-    head, _, body = answer.partition(b"\r\n\r\n")
-    # an answer that was whole before its head went out may have a length instead of chunks
+            response += part
+    head, _, body = response.partition(b"\r\n\r\n")
+    # a response that was complete before its head was sent may have a length instead of chunks
     end = b"0\r\n\r\n" if b"\r\ntransfer-encoding: chunked" in head.lower() else b"data: 3 of 3\n\n"
     if not head.startswith(b"HTTP/1.1 200 ") or b"3 of 3" not in body or not body.endswith(end):
-        raise ValueError(f"not a whole answer: {answer!r}")
+        raise ValueError(f"incomplete response: {response!r}")
 
 
 def client(port, whole, errors):

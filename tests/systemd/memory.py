@@ -1,4 +1,4 @@
-"""memory.py PID: how often the text on stdin is in the memory of a process, all mappings that can be read."""
+"""memory.py PID: counts the text on stdin in all readable mappings of a process."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ def main():
         maps = [line.split() for line in file]
     times = 0
     for addresses, access, *rest in maps:
-        # the kernel's own pages, which can't be read this way
+        # pages of the kernel, which /proc/PID/mem cannot read
         if "r" not in access or rest[-1] in ("[vvar]", "[vvar_vclock]", "[vsyscall]"):
             continue
         start, end = (int(address, 16) for address in addresses.split("-"))

@@ -1,8 +1,8 @@
-"""A stand-in Responses API on 127.0.0.1:9001, over plain sockets, or over TLS: upstream.py [CERTIFICATE KEY].
+"""A stand-in Responses API on 127.0.0.1:9001, plain or with TLS: upstream.py [CERTIFICATE KEY].
 
-A request's JSON body says how many events the answer has and how many seconds lie between them, or that each waits
-for the one before to be seen: `"seen": FOLDER` says so by a file for each, named by its number. A WebSocket's messages
-are echoed. Each key that comes in is a line of /run/upstream.keys.
+The JSON body of a request has the number of `events` in the response, and the `pause` between them in seconds. With
+`"seen": DIRECTORY`, each event after the first is sent once a file exists there whose name is the number of the event
+before. WebSocket messages are echoed. The Authorization header of each request is a line of /run/upstream.keys.
 """
 
 import base64
@@ -86,7 +86,7 @@ def main():
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*sys.argv[1:])
-        # shaken hands in the connection's own thread, at its first read
+        # The handshake takes place in the connection's thread, at its first read.
         listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
     while True:
         connection, _ = listener.accept()
