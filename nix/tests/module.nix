@@ -63,7 +63,7 @@ let
       set plain "PrivateUsers=true" && set restricted "PrivateUsers=false";
     "UIDs of other users are visible with upstreamUser, too" =
       let
-        service = (machine system { upstreamUser = "litellm"; }).systemd.services.codex-responses-proxy;
+        service = (machine native { upstreamUser = "litellm"; }).config.systemd.services.codex-responses-proxy;
       in
       !service.serviceConfig.PrivateUsers
       && lib.elem "AF_NETLINK" service.serviceConfig.RestrictAddressFamilies
