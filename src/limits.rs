@@ -1,6 +1,6 @@
-//! What both sides of HTTP agree on.
+//! Limits of both sides' HTTP.
 
-/// The largest head of a request or an answer, in bytes; also what is buffered of a body.
+/// The largest head of a request or response, and the most of a body in one of hyper's buffers, in bytes.
 pub(crate) const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// The most interim responses (1xx) to a request.

@@ -160,7 +160,7 @@ mod tests {
 
     use super::*;
 
-    /// How a connection ends on which this is sent, and whose service fails.
+    /// The outcome of a connection with a failing service, after a client sends this and closes.
     async fn outcome(sent: &str) -> hyper::Result<()> {
         let (mut near, far) = duplex(1000);
         near.write_all(sent.as_bytes()).await.unwrap();
@@ -188,10 +188,10 @@ mod tests {
                 false,
                 Close::Immediate,
             ),
-            ("all answered", &finished, http_11, true, Close::Immediate),
-            ("answered early", &finished, http_11, false, Close::Linger),
+            ("all complete", &finished, http_11, true, Close::Immediate),
+            ("early response", &finished, http_11, false, Close::Linger),
             (
-                "answered early, 1.0",
+                "early response, 1.0",
                 &finished,
                 http_10,
                 false,

@@ -19,7 +19,7 @@ use crate::{log::notify_systemd, peer::PeerCheck};
 /// The most connections at once, if there are descriptors for that many.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// The most connections at once of denied users. They take no slot; one more is closed unanswered.
+/// The most connections at once of denied users. They take no slot; further ones are closed without a response.
 const MAX_DENIED: usize = 16;
 
 /// How long a denied user's connection stays open, the response to its first request included.

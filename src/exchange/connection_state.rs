@@ -11,11 +11,11 @@ use crate::flush::FlushState;
 /// The process at the other end of a client connection.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Peer {
-    /// Its uid, where the kernel was asked.
+    /// Its uid, if the kernel was queried.
     pub(crate) uid: Option<u32>,
     /// Whether its user may not be served.
     pub(crate) is_denied: bool,
-    /// Whether that is with_source the user already has its share of the connections.
+    /// Whether that is because the user already has its share of the connections.
     pub(crate) exceeds_share: bool,
 }
 

@@ -22,7 +22,7 @@ const MAX_BODY: usize = 16 << 20;
 /// exceed it is skipped.
 const BUDGET: u32 = 64 << 20;
 
-/// What a dump takes in addition to its body, in bytes, roughly.
+/// The size of a dump without its body, in bytes, roughly.
 const OVERHEAD: usize = 4 << 10;
 
 /// How long the end of the program waits for the disk.

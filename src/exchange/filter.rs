@@ -51,7 +51,7 @@ const NOT_DUMPED: ErrorReply = ErrorReply::new(
     "this proxy was started with --dump-dir and forwards no WebSocket handshakes: use POST /v1/responses",
 );
 
-/// What is allowed in addition to `POST /v1/responses`.
+/// The requests allowed in addition to `POST /v1/responses`.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Allowed {
     /// `GET /shutdown` ends the process.
@@ -62,7 +62,7 @@ pub(crate) struct Allowed {
     pub(crate) is_dumping: bool,
 }
 
-/// What happens to a request that isn't rejected.
+/// The route of a request that isn't rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
     /// It is forwarded.
@@ -89,7 +89,7 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Ro
         return Err(BROWSER_REQUEST);
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
-    // (RFC 9112, section 3.2); HTTP/1.0 knows none.
+    // (RFC 9112, section 3.2); HTTP/1.0 has no such header.
     let mut hosts = headers.get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
         (None, _) if request.version == Version::HTTP_10 => {}
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_that_are_this_machine() {
+    fn accepts_loopback_hosts() {
         for host in [
             "localhost",
             "LOCALHOST:8399",
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_that_are_not() {
+    fn rejects_non_loopback_hosts() {
         let hosts = [
             "",
             ":8399",
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn shutdown_only_where_enabled_and_to_the_letter() {
+    fn shutdown_needs_the_flag_and_the_exact_request() {
         let local = [("host", "localhost")];
         let allowed = |http_shutdown| Allowed {
             http_shutdown,

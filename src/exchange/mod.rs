@@ -30,7 +30,7 @@ use crate::log;
 use crate::shutdown::Shutdown;
 use crate::upstream::{Kind, Upstream, UpstreamConnection, drain_available};
 
-/// What all requests share.
+/// The state that all requests share.
 pub(crate) struct Handler {
     pub(crate) upstream: Rc<Upstream>,
     pub(crate) allowed: Allowed,

@@ -14,8 +14,8 @@ use crate::{shutdown::Shutdown, upstream::Stream};
 /// How much is read at once, in bytes. The space is on the stack: an idle tunnel holds no buffer.
 const READ_SIZE: usize = 16 << 10;
 
-/// How long a tunnel may be silent once one side has closed, or once shutdown has begun. Its ends ping
-/// each other, so without either there is no limit.
+/// How long a tunnel may be silent once one side has closed or shutdown has started. Otherwise there is no
+/// limit: both ends send pings.
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The upstream's side of a tunnel whose client still waits for the response to its handshake.
@@ -27,16 +27,16 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Copies until both sides have closed, one has failed, or shutdown ends a silent tunnel. `early` was
-    /// read from the client behind its handshake.
+    /// Copies until both sides have closed, one has failed, or the tunnel is silent during shutdown. `early`
+    /// was read from the client behind its handshake.
     pub(crate) async fn run(
         mut self,
         mut client: impl AsyncRead + AsyncWrite + Unpin,
         early: Bytes,
         shutdown: &Shutdown,
     ) {
-        // Stays so if the tunnel is dropped, which only the end of the shutdown does.
-        let error = "still open at the end of the shutdown";
+        // Holds if the tunnel is dropped, which happens only when shutdown ends.
+        let error = "still open when shutdown ended";
         self.entry.error.replace(Some(error.into()));
         let activity = Activity {
             last: Cell::new(Instant::now()),
@@ -63,16 +63,16 @@ impl Tunnel {
     }
 }
 
-/// What both directions of a tunnel report.
+/// The activity of both directions of a tunnel.
 struct Activity {
-    /// When bytes have last been passed on, or an end has come.
+    /// When bytes were last written, or a side closed.
     last: Cell<Instant>,
     /// One side has closed.
     closed: Notify,
 }
 
 impl Activity {
-    /// Returns once a side has closed or shutdown has begun, and nothing has been passed on for some time.
+    /// Returns once a side has closed or shutdown has started, and [`SILENCE_LIMIT`] has passed without activity.
     async fn falls_silent(&self, shutdown: &Shutdown) {
         tokio::select! {
             () = self.closed.notified() => {}
@@ -109,7 +109,7 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// Copies what can be. Ready once `from` has ended and `to` has been told so.
+    /// Copies all that is ready. Ready once `from` has ended and `to` is shut down.
     fn poll_copy(
         &mut self,
         cx: &mut Context<'_>,
@@ -125,7 +125,7 @@ impl<'a> Direction<'a> {
                 }
                 self.activity.last.set(Instant::now());
             }
-            // Lets go of its allocation, which may be the whole buffer that hyper has read into.
+            // Frees its allocation, which may be the whole buffer that hyper has read into.
             self.pending = Bytes::new();
             // TLS holds back what isn't flushed.
             if !self.is_flushed {
@@ -133,7 +133,7 @@ impl<'a> Direction<'a> {
                 self.is_flushed = true;
             }
             if self.is_at_end {
-                // The other direction goes on: the peer may have more to say.
+                // The other direction goes on: the peer may still be sending.
                 if !self.is_shut_down {
                     ready!(to.as_mut().poll_shutdown(cx))?;
                     self.is_shut_down = true;
@@ -208,7 +208,7 @@ mod tests {
             send_after(60, client, upstream).await;
             client.shutdown().await.unwrap();
             assert_eq!(upstream.read(&mut [0]).await.unwrap(), 0);
-            // It has more to say, and says it.
+            // The other direction goes on.
             send_after(4, upstream, client).await;
             send_after(4, upstream, client).await;
         });

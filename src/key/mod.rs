@@ -211,7 +211,7 @@ mod tests {
     const OPENAI: KeyRule = KeyRule::OPENAI;
     const TOKEN_RULE: KeyRule = KeyRule::BEARER_TOKEN;
 
-    /// Gives `pieces` one a call, then the end.
+    /// Reads `pieces`, one per call, then the end of the input.
     fn read_pieces(rule: KeyRule, pieces: &[&[u8]]) -> Result<Credential, String> {
         let mut pieces = pieces.iter().copied();
         let mut rest: &[u8] = &[];

@@ -15,7 +15,7 @@ use tokio::task::coop::poll_proceed;
 use super::Kind;
 use crate::{key::Credential, limits::MAX_INTERIM};
 
-/// What a read costs of the 128 units that tokio lets a task use before others run, in addition to its own.
+/// The additional cost of a read, of the 128 units that tokio lets a task use before others run.
 /// hyper may read on, up to 64 KiB at once, while it has nothing to forward.
 const READ_COST: u32 = 15;
 
@@ -51,8 +51,8 @@ impl RequestPrefix {
         }
     }
 
-    /// What to write for `bufs`. An error if hyper writes anything but the request line: the credential
-    /// must not follow that.
+    /// The slices to write for `bufs`. An error if hyper writes anything but the request line: the
+    /// credential must not follow that.
     fn slices<'a>(
         &'a self,
         announced: Announced,
@@ -182,7 +182,7 @@ mod tests {
 
     use super::*;
 
-    /// What hyper writes of each kind of request, in two parts: the credential belongs between them.
+    /// Each kind of request as hyper writes it, in two parts: the credential belongs between them.
     const REQUESTS: [(Kind, &str, &str); 2] = [
         (Kind::Post, "POST /v1 HTTP/1.1\r\n", "host: up\r\n\r\nbody"),
         (
@@ -199,7 +199,7 @@ mod tests {
         Rc::new(RequestPrefix::new("/v1", credential))
     }
 
-    /// Takes so many bytes a write, and each time says first that it isn't ready.
+    /// Accepts so many bytes per write, and is pending before each.
     #[derive(Default)]
     struct Wire {
         takes: VecDeque<usize>,
@@ -266,7 +266,7 @@ mod tests {
         assert!((4..=16).contains(&count), "{count}");
     }
 
-    /// Writes all of `pieces` as hyper would: what is left of them, until nothing is.
+    /// Writes all of `pieces` as hyper would: the rest again and again, until nothing is left.
     fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> io::Result<()> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let mut pieces: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
@@ -296,7 +296,7 @@ mod tests {
                 announcement: Rc::clone(&announcement),
                 interim: Arc::default(),
             };
-            // The second request takes the same way, and what is between them none.
+            // Two requests on one stream, and other bytes between them.
             for _ in 0..2 {
                 announcement.set(Some(Announced { kind, offset: 0 }));
                 write(&mut stream, pieces).unwrap();

@@ -39,7 +39,7 @@ const CONNECT_FAILED: &str = "the upstream could not be reached (connect)";
 /// A connection to the upstream, with TLS unless it is on loopback.
 pub(crate) type Stream = Box<dyn Io>;
 
-/// What [`Stream`] can do.
+/// The traits of a [`Stream`].
 pub(crate) trait Io: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}

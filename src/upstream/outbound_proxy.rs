@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_would_be_ignored_are_errors() {
+    fn unusable_proxy_values_are_errors() {
         let cases = [
             ("HTTPS_PROXY", "socks5://secret:1"),
             ("ALL_PROXY", "https://secret:1"),

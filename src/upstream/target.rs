@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_urls_apart() {
+    fn parses_urls() {
         let cases = [
             (
                 "https://api.openai.com/v1/responses",
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_urls_it_cannot_follow_and_repeats_none() {
+    fn rejects_unusable_urls_without_repeating_them() {
         let cases = [
             ("empty", ""),
             ("relative", "/v1/secret"),
