@@ -28,9 +28,12 @@ const DENIED_TIMEOUT: Duration = Duration::from_secs(5);
 /// Descriptors that are never used for slots: standard streams, listener, event loop, name service, dumps.
 const RESERVED_DESCRIPTORS: usize = 24 + MAX_DENIED;
 
-/// How many connections may wait to be accepted. std's 128 are too few for a burst: the kernel drops the
-/// others' handshakes, and they try again only after a second.
-const BACKLOG: i32 = 4096;
+/// How many connections may wait to be accepted: as many as the system allows (net.core.somaxconn). std's 128
+/// are too few for a burst: the kernel drops the others' handshakes, and they try again only after a second.
+#[cfg(target_os = "linux")]
+const BACKLOG: Backlog = Backlog::MAXALLOWABLE;
+#[cfg(not(target_os = "linux"))]
+const BACKLOG: Backlog = Backlog::MAXCONN;
 
 /// How long to wait after a failed accept, mostly for want of descriptors or memory. Trying again at once
 /// would spin.
@@ -73,7 +76,7 @@ fn bind(port: u16) -> Result<std::net::TcpListener, String> {
         _ => format!("cannot listen on 127.0.0.1 port {port}: {error}"),
     })?;
     // It listens already; this can fail only where that would have.
-    let _ = Backlog::new(BACKLOG).and_then(|backlog| socket::listen(&listener, backlog));
+    let _ = socket::listen(&listener, BACKLOG);
     Ok(listener)
 }
 
