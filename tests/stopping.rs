@@ -3,10 +3,9 @@
 
 mod support;
 
-use nix::sys::signal::Signal::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use nix::sys::signal::Signal::{SIGCONT, SIGINT, SIGTERM};
 use nix::unistd::geteuid;
 use std::path::Path;
-use std::process::Command;
 use std::{io::ErrorKind, net::TcpStream, sync::mpsc::Sender, time::Duration};
 use support::*;
 
@@ -221,7 +220,8 @@ fn info_file_is_removed_by_two_signals_at_once() {
 #[cfg(target_os = "linux")]
 #[test]
 fn signals_ignored_at_startup_do_not_shut_down() {
-    let mut shell = Command::new("/bin/sh");
+    use nix::sys::signal::Signal::{SIGHUP, SIGQUIT};
+    let mut shell = std::process::Command::new("/bin/sh");
     shell.args(["-c", "trap '' HUP QUIT; exec \"$@\"", "sh", PROGRAM]);
     let upstream = Upstream::start(ok);
     let launch = Launch::of(shell).url(&upstream.url());
