@@ -7,19 +7,25 @@ use std::{pin::Pin, rc::Rc};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Whether a stream has been flushed since something was last written, or was about to be. Clones are
-/// of the same stream.
+/// Whether a stream has been flushed since something was last written, or was about to be. Clones share
+/// the state.
 #[derive(Clone, Default)]
-pub(crate) struct FlushState(Rc<(Cell<bool>, RefCell<Option<Waker>>)>);
+pub(crate) struct FlushState(Rc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    is_flushed: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
 
 impl FlushState {
     /// Something is about to be written.
     pub(crate) fn clear(&self) {
-        self.0.0.set(false);
+        self.0.is_flushed.set(false);
     }
 
     pub(crate) fn is_flushed(&self) -> bool {
-        self.0.0.get()
+        self.0.is_flushed.get()
     }
 
     /// Ready once the stream has been flushed.
@@ -27,13 +33,13 @@ impl FlushState {
         if self.is_flushed() {
             return Poll::Ready(());
         }
-        self.0.1.replace(Some(cx.waker().clone()));
+        self.0.waker.replace(Some(cx.waker().clone()));
         Poll::Pending
     }
 
     fn set(&self) {
-        self.0.0.set(true);
-        if let Some(waker) = self.0.1.take() {
+        self.0.is_flushed.set(true);
+        if let Some(waker) = self.0.waker.take() {
             waker.wake();
         }
     }

@@ -55,27 +55,23 @@ impl Handler {
         let is_last = peer.is_denied
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
-        // A client that waits for a 100 (Continue) has sent no body, and need not.
-        let is_drained = !is_last && !head.headers.contains_key(EXPECT);
         let route = filter::decide(&head, peer, self.allowed);
+        let is_forwarded = matches!(route, Ok(Route::Forward(_)));
+        // A client that waits for a 100 (Continue) has sent no body, and need not.
+        if !is_forwarded && !is_last && !head.headers.contains_key(EXPECT) {
+            drain_available(&mut body).await;
+            state.set_request_complete(body.is_end_stream());
+        }
         let mut response = match route {
             Ok(Route::Forward(kind)) => self.forward(peer, &state, kind, head, body).await,
-            not_forwarded => {
-                if is_drained {
-                    drain_available(&mut body).await;
-                    state.set_request_complete(body.is_end_stream());
-                }
-                match not_forwarded {
-                    Err(reply) => {
-                        log::rejection(peer.uid, reply.status.as_u16(), reply.message);
-                        reply.response().map(Either::Left)
-                    }
-                    Ok(_) => {
-                        log!("stopping: GET /shutdown by uid={}", log::uid(peer.uid));
-                        self.shutdown.trigger();
-                        Response::new(Either::Left(Bytes::new().into()))
-                    }
-                }
+            Ok(Route::Shutdown) => {
+                log!("stopping: GET /shutdown by uid={}", log::uid(peer.uid));
+                self.shutdown.trigger();
+                Response::new(Either::Left(Bytes::new().into()))
+            }
+            Err(reply) => {
+                log::rejection(peer.uid, reply.status.as_u16(), reply.message);
+                reply.response().map(Either::Left)
             }
         };
         *response.version_mut() = version;
