@@ -1,7 +1,7 @@
-//! This proxy beside others, on the same machine and in turn: `cargo bench --bench proxy`.
+//! Compares this proxy with others on the same machine: `cargo bench --bench proxy`.
 //!
-//! Behind `--`, `--help` tells of the flags. Processes are read through Linux's /proc and CPU clocks, so it
-//! does nothing elsewhere.
+//! `cargo bench --bench proxy -- --help` lists the options. Linux only: the proxies' CPU time comes from the
+//! kernel's CPU clocks, their memory from /proc.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 

@@ -1,144 +1,130 @@
-//! From flags to a table: what is measured after what.
+//! Command line and order of the measurements.
 //!
-//! `peers` says who is measured and how each is set up, `steps` what is measured; `load` and `upstream` are
-//! the two ends, `report` the table.
+//! [`proxies`] configures and starts the proxies, [`steps`] defines what is measured, [`load`] generates the
+//! requests, [`upstream`] responds to them, and [`report`] formats the table.
 
 mod load;
-mod peers;
+mod proxies;
 mod report;
 mod steps;
 mod upstream;
 
 use std::error::Error;
+use std::fs::{create_dir_all, read_to_string, remove_dir_all, write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
 
-use self::peers::{Kind, Peer};
+use self::proxies::{Kind, Proxy};
 use self::report::Report;
 use self::steps::Step;
-use self::upstream::Upstream;
 
-type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// How often each proxy is measured alone, at most.
-const ALONE_ROUNDS: usize = 3;
+/// Time limit of a step with one proxy.
+const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Prints when and where it is measured.
+/// Maximum number of rounds of a memory step: memory varies less than time.
+const MEMORY_ROUNDS: usize = 3;
+
+/// Shell script that prints time and machine.
 const MACHINE: &str = r#"
     model=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
     load=$(cut -d ' ' -f -3 /proc/loadavg)
     echo "$(date -u '+%F %H:%M UTC') on $(nproc) cores of $model, $(uname -sr), load average $load""#;
 
-/// Behind this line, a file holds figures and nothing else.
+/// The heading in the file of `--into` after which everything is replaced.
 const FIGURES: &str = "\n## Figures\n";
 
-/// Measures this proxy beside others and prints a table in Markdown.
+/// Compares this proxy with nginx, haproxy and codex, where installed, and prints a table in Markdown.
 #[derive(Parser)]
 #[command(bin_name = "cargo bench --bench proxy --")]
-struct Flags {
-    /// Measure this proxy and PEER, no others; repeatable
-    #[arg(long, value_name = "PEER")]
+struct Arguments {
+    /// Compare this proxy only with PROXY (repeatable)
+    #[arg(long, value_name = "PROXY")]
     only: Vec<Kind>,
-    /// Measure STEP, nothing else; repeatable
+    /// Measure only STEP (repeatable)
     #[arg(long, value_name = "STEP")]
     step: Vec<Step>,
-    /// How often it is measured
+    /// Number of rounds; memory is measured in 3 at most
     #[arg(long, value_name = "COUNT", default_value_t = 15)]
     rounds: usize,
-    /// Write the table to FILE, in place of what is behind its line `## Figures`
+    /// Write the table to FILE, in place of everything after its line `## Figures`
     #[arg(long, value_name = "FILE")]
     into: Option<PathBuf>,
-    /// Given by `cargo bench`
+    /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-pub(crate) fn main() -> Outcome<()> {
-    let flags = Flags::parse();
-    // Test runners start every target there is.
-    if !flags.bench {
+pub(crate) fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    // `cargo test --all-targets` runs benchmarks without `--bench`.
+    if !arguments.bench {
         return Ok(());
     }
-    // A thousand streams are two thousand descriptors on either side. The proxies inherit the limit.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder)?;
-    let upstream = Upstream::start(&folder)?;
-    let Some(file) = &flags.into else {
-        print!("{}", measure(&flags, &folder, &upstream)?);
+    // 1,000 streams need 2,000 descriptors in this process and in a proxy, which inherits the limit.
+    let (_, hard_limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard_limit, hard_limit)?;
+    let Some(file) = &arguments.into else {
+        print!("{}", compare(&arguments)?);
         return Ok(());
     };
-    let text = std::fs::read_to_string(file)?;
-    let (words, _) = text.split_once(FIGURES).ok_or("FILE has no `## Figures`")?;
-    let table = measure(&flags, &folder, &upstream)?;
-    Ok(std::fs::write(
-        file,
-        [words, FIGURES, "\n", &table].concat(),
-    )?)
+    let text = read_to_string(file)?;
+    let prose = text.split_once(FIGURES).ok_or("no line `## Figures`")?.0;
+    let table = compare(&arguments)?;
+    Ok(write(file, [prose, FIGURES, "\n", &table].concat())?)
 }
 
-fn measure(flags: &Flags, folder: &Path, upstream: &Upstream) -> Outcome<String> {
+fn compare(arguments: &Arguments) -> Result<String> {
     let begin = Instant::now();
-    let machine = peers::shell(MACHINE).unwrap_or_default();
+    let machine = proxies::shell(MACHINE).unwrap_or_default();
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
+    let _ = remove_dir_all(&directory);
+    create_dir_all(&directory)?;
+    let upstream = upstream::start(&directory)?;
     let mut kinds = Kind::value_variants().to_vec();
-    let only = &flags.only;
+    let only = &arguments.only;
     kinds.retain(|kind| *kind == Kind::Ours || only.is_empty() || only.contains(kind));
-    let find = |&kind| {
-        let peer = Peer::find(kind);
-        if peer.is_none() {
-            eprintln!("{kind:?} is not installed, so it is left out");
-        }
-        peer
-    };
-    let peers: Vec<Peer> = kinds.iter().filter_map(find).collect();
-    let start = |peer: &Peer| peer.start(folder, upstream);
-    let is_wanted = |step| flags.step.is_empty() || flags.step.contains(step);
-    let progress = |round, step| {
-        let seconds = begin.elapsed().as_secs();
-        eprintln!("{seconds:>4} s: round {}: {step:?}", round + 1);
-    };
+    let mut steps = Step::value_variants().to_vec();
+    steps.retain(|step| arguments.step.is_empty() || arguments.step.contains(step));
+    let proxies: Vec<Proxy> = kinds.into_iter().filter_map(Proxy::find).collect();
     let mut report = Report::default();
-    let running: Vec<_> = peers.iter().map(start).collect();
-    for round in 0..flags.rounds {
-        let steps = Step::value_variants().iter().filter(|step| is_wanted(step));
-        for &step in steps.filter(|step| !step.is_alone()) {
-            progress(round, step);
-            for index in 0..peers.len() {
-                // Nobody is always first or always behind the same one.
-                let index = (index + round) % peers.len();
-                report.take(&peers[index], step, &running[index])?;
+    for round in 0..arguments.rounds {
+        for step in &steps {
+            let seconds = begin.elapsed().as_secs();
+            eprintln!("{seconds:>4} s: round {}: {step:?}", round + 1);
+            for index in 0..proxies.len() {
+                // Rotated, so that no proxy is always the first or always after the same one.
+                let proxy = &proxies[(index + round) % proxies.len()];
+                if step.is_memory() && round >= MEMORY_ROUNDS || !step.applies_to(proxy.kind) {
+                    continue;
+                }
+                let running = proxy.start(&directory, upstream)?;
+                let add = |row, value| report.add(proxy.kind, row, value);
+                let run = async { timeout(STEP_TIMEOUT, step.run(&running, add)).await };
+                // Dropping the event loop closes the connections before the proxy is terminated.
+                let result = runtime()?.block_on(run).map_err(Into::into).flatten();
+                result.map_err(|error| format!("{}: {error}", proxy.title))?;
             }
         }
     }
-    drop(running);
-    for round in 0..flags.rounds.min(ALONE_ROUNDS) {
-        let steps = Step::value_variants().iter().filter(|step| is_wanted(step));
-        for &step in steps.filter(|step| step.is_alone()) {
-            progress(round, step);
-            for peer in &peers {
-                report.take(peer, step, &start(peer))?;
-            }
-        }
-    }
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments = arguments.join(" ").replace("--bench", "");
-    let command = format!("cargo bench --bench proxy -- {}", arguments.trim());
-    let run = format!(
-        "`{}`, {} rounds in {} s, begun {machine}",
-        command.trim_end_matches(" -- "),
-        flags.rounds,
-        begin.elapsed().as_secs(),
-    );
-    Ok(report.markdown(&peers, &run))
+    let options: Vec<String> = std::env::args().skip(1).collect();
+    let options = options.join(" ").replace("--bench", "");
+    let seconds = begin.elapsed().as_secs();
+    Ok(format!(
+        "{}- Options `{}`, {} rounds in {seconds} s, started {machine}\n",
+        report.to_markdown(&proxies),
+        options.trim(),
+        arguments.rounds,
+    ))
 }
 
-/// An event loop of the thread that runs it.
-pub(crate) fn runtime() -> std::io::Result<Runtime> {
+/// A single-threaded event loop.
+fn runtime() -> std::io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }

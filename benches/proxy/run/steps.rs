@@ -1,167 +1,163 @@
-//! What is measured, and how.
+//! What is measured, and under which load.
 
 use std::time::Duration;
 
 use clap::ValueEnum;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use super::Outcome;
-use super::load::{Client, WebSocket, follow, hold, open_websockets, requests, take_delays};
-use super::peers::{Kind, Peer, Running};
+use super::Result;
+use super::load::{TIMES, connect, exchange, stream};
+use super::proxies::{Kind, Running};
 use super::report::quantile;
+use super::upstream::{EVENT_BYTES, RESPOND, SMALL, TUNNEL, send_events};
 
-/// Rows of the table, and what was measured for them.
-pub(crate) type Figures = Vec<(&'static str, f64)>;
-
-/// How long requests are sent, and over how many connections at once.
-const REQUESTS: Duration = Duration::from_millis(600);
+/// Connections that are busy at once.
 const CONNECTIONS: usize = 16;
 
-/// Streams that are followed, how long before they are measured, and for how long they are.
+/// Streams with events.
 const STREAMS: usize = 64;
-const STREAMS_WARM_UP: Duration = Duration::from_millis(200);
-const STREAMS_MEASURED: Duration = Duration::from_millis(700);
 
-/// A large body.
-const UPLOAD_BYTES: u64 = 64 << 20;
+/// Duration of a load before the measurement and during it. The warm-up is long enough for a proxy to open the
+/// upstream connections of a burst, and for OpenAI's proxy to fill its buffer and forward it.
+const WARM_UP: Duration = Duration::from_millis(500);
+const MEASURED: Duration = Duration::from_millis(700);
 
-/// Between the first byte of a slow body and the second.
-const SLOW_PAUSE: Duration = Duration::from_millis(300);
+/// Requests of a burst, and the number of bursts measured.
+const BURST_REQUESTS: usize = 200;
+const BURSTS: usize = 8;
 
-/// Streams and WebSockets that are held open for their memory.
-const HELD_STREAMS: usize = 1_000;
-const HELD_WEBSOCKETS: usize = 1_000;
+/// The body of an upload.
+static UPLOAD: [u8; 64 << 20] = [0; 64 << 20];
 
-/// Until memory is read, for what was just done to be done with.
-const SETTLING: Duration = Duration::from_millis(100);
+/// A WebSocket frame; no proxy parses it.
+static FRAME: [u8; EVENT_BYTES] = [b'x'; EVENT_BYTES];
 
-/// What is done with every peer before the next is done.
+/// Streams or WebSockets that are open while memory is read.
+const HELD: usize = 1_000;
+
+/// Delay before memory is read, for pending work to complete.
+const SETTLING: Duration = Duration::from_millis(200);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Step {
-    /// Small requests over 16 connections at once
-    Many,
-    /// Small requests over one connection
-    One,
-    /// 64 streams of events
+    /// Small requests over 16 connections
+    Requests,
+    /// 200 small requests at once, over 200 connections
+    Burst,
+    /// 64 streams with 50 events a second each
     Events,
-    /// One large body
-    Upload,
-    /// A body whose first byte comes 300 ms before the rest
-    SlowBody,
-    /// Frames of a WebSocket, each echoed before the next
+    /// Echoed frames over 16 WebSockets
     Frames,
-    /// Start and memory, with no other proxy running
-    Alone,
-    /// Memory of open WebSockets, with no other proxy running
-    Websockets,
+    /// One request with a body of 64 MiB
+    Upload,
+    /// Memory, idle and with 1,000 streams
+    Streams,
+    /// Memory with 1,000 WebSockets
+    Tunnels,
 }
 
 impl Step {
-    /// Whether a peer is started for it while no other runs.
-    pub(crate) fn is_alone(self) -> bool {
-        matches!(self, Self::Alone | Self::Websockets)
+    /// Whether OpenAI's proxy, which does not support WebSockets, can run the step.
+    pub(crate) fn applies_to(self, kind: Kind) -> bool {
+        kind != Kind::Codex || !matches!(self, Self::Frames | Self::Tunnels)
     }
 
-    /// Does it with one peer; gives what stands in the table, NaN where it can't be told.
-    pub(crate) async fn measure(self, peer: &Peer, to: &Running) -> Outcome<Figures> {
-        let mut client = Client::warm(&to.target).await?;
-        Ok(match self {
-            Self::Many => {
-                let mut clients = vec![client];
-                while clients.len() < CONNECTIONS {
-                    clients.push(Client::warm(&to.target).await?);
-                }
-                let (cpu, times) = cpu_of(to, requests(clients, REQUESTS)).await?;
-                let count = times.len() as f64;
-                let rate = count / REQUESTS.as_secs_f64();
-                vec![
-                    ("CPU per request, 16 connections, µs", cpu / count),
-                    ("requests, 16 connections, 1/s", rate),
-                ]
+    pub(crate) fn is_memory(self) -> bool {
+        matches!(self, Self::Streams | Self::Tunnels)
+    }
+
+    /// Runs the step with one proxy; passes the table's rows and the values measured for them to `add`.
+    pub(crate) async fn run(
+        self,
+        proxy: &Running,
+        mut add: impl FnMut(&'static str, f64),
+    ) -> Result<()> {
+        let port = proxy.port;
+        match self {
+            Self::Requests => {
+                let connections = connect(port, CONNECTIONS, RESPOND).await?;
+                let connections = exchange(connections, &SMALL, WARM_UP).await?;
+                let load = exchange(connections, &SMALL, MEASURED);
+                let [cpu, count, p50, p99] = observe(proxy, load).await?;
+                add("CPU per request, µs", cpu / count);
+                add("requests per second", count / MEASURED.as_secs_f64());
+                add("request latency, p50, µs", p50);
+                add("request latency, p99, µs", p99);
             }
-            Self::One => {
-                let (cpu, times) = cpu_of(to, requests(vec![client], REQUESTS)).await?;
-                let count = times.len() as f64;
-                vec![
-                    ("CPU per request, one connection, µs", cpu / count),
-                    ("latency of a request, p50, µs", quantile(&times, 0.5)),
-                    ("latency of a request, p99, µs", quantile(&times, 0.99)),
-                ]
+            Self::Burst => {
+                let mut connections = connect(port, BURST_REQUESTS, RESPOND).await?;
+                connections = exchange(connections, &SMALL, WARM_UP).await?;
+                let load = async {
+                    for _ in 0..BURSTS {
+                        connections = exchange(connections, &SMALL, Duration::ZERO).await?;
+                    }
+                    Ok(connections)
+                };
+                let [cpu, count, p50, p99] = observe(proxy, load).await?;
+                add("CPU per request, burst of 200, µs", cpu / count);
+                add("request latency, burst of 200, p50, µs", p50);
+                add("request latency, burst of 200, p99, µs", p99);
             }
             Self::Events => {
-                let mut streams = follow(&to.target, STREAMS).await?;
-                sleep(STREAMS_WARM_UP).await;
-                take_delays();
-                let delays = async {
-                    sleep(STREAMS_MEASURED).await;
-                    Ok(take_delays())
-                };
-                let (cpu, delays) = cpu_of(to, delays).await?;
+                let mut streams = stream(port, STREAMS).await?;
+                spawn_blocking(|| send_events(WARM_UP)).await?;
+                let load = async { Ok(spawn_blocking(|| send_events(MEASURED)).await?) };
+                let [cpu, count, p50, p99] = observe(proxy, load).await?;
                 if let Some(ended) = streams.try_join_next() {
                     ended??;
                 }
-                vec![
-                    ("CPU per event of a stream, µs", cpu / delays.len() as f64),
-                    ("delay of an event, p50, µs", quantile(&delays, 0.5)),
-                    ("delay of an event, p99, µs", quantile(&delays, 0.99)),
-                ]
+                add("CPU per event, µs", cpu / count);
+                add("event delay, p50, µs", p50);
+                add("event delay, p99, µs", p99);
+            }
+            Self::Frames => {
+                let websockets = connect(port, CONNECTIONS, TUNNEL).await?;
+                let websockets = exchange(websockets, &FRAME, WARM_UP).await?;
+                let load = exchange(websockets, &FRAME, MEASURED);
+                let [cpu, count, ..] = observe(proxy, load).await?;
+                // An exchange is two frames.
+                add("CPU per WebSocket frame, µs", cpu / (2.0 * count));
             }
             Self::Upload => {
-                let (cpu, time) = cpu_of(to, client.upload(UPLOAD_BYTES)).await?;
-                let megabytes = UPLOAD_BYTES as f64 / 1e6;
-                vec![
-                    ("upload, 64 MiB body, MB/s", megabytes / time * 1e6),
-                    ("CPU per MB of upload, µs", cpu / megabytes),
-                ]
+                let connection = connect(port, 1, RESPOND).await?;
+                let load = exchange(connection, &UPLOAD, Duration::ZERO);
+                let [cpu, _, time, _] = observe(proxy, load).await?;
+                // Bytes per microsecond are MB/s.
+                let bytes = UPLOAD.len() as f64;
+                add("upload, MB/s", bytes / time);
+                add("CPU per uploaded MB, µs", cpu / bytes * 1e6);
             }
-            Self::SlowBody => {
-                let time = client.slow_body(SLOW_PAUSE).await? / 1e3;
-                vec![("upstream sees a slow body's first byte, ms", time)]
+            Self::Streams => {
+                connect(port, 1, RESPOND).await?;
+                add("memory, idle, MB", memory(proxy).await);
+                let _streams = stream(port, HELD).await?;
+                add("memory, 1,000 streams, MB", memory(proxy).await);
             }
-            Self::Frames | Self::Websockets if peer.kind == Kind::Codex => Vec::new(),
-            Self::Frames => {
-                let mut websocket = WebSocket::open(&to.target).await?;
-                let (cpu, times) = cpu_of(to, websocket.round_trips(REQUESTS)).await?;
-                // There and back.
-                let frames = 2.0 * times.len() as f64;
-                vec![
-                    (
-                        "round trip of a WebSocket frame, p50, µs",
-                        quantile(&times, 0.5),
-                    ),
-                    ("CPU per WebSocket frame, µs", cpu / frames),
-                ]
+            Self::Tunnels => {
+                let websockets = connect(port, HELD, TUNNEL).await?;
+                let _websockets = exchange(websockets, &FRAME, Duration::ZERO).await?;
+                add("memory, 1,000 WebSockets, MB", memory(proxy).await);
             }
-            Self::Alone | Self::Websockets if peer.kind == Kind::Direct => Vec::new(),
-            Self::Websockets => {
-                drop(client);
-                let _open = open_websockets(&to.target, HELD_WEBSOCKETS).await?;
-                vec![("memory, 1,000 WebSockets open, MB", memory(to).await)]
-            }
-            Self::Alone => {
-                drop(client);
-                let idle = memory(to).await;
-                let _held = hold(&to.target, HELD_STREAMS).await?;
-                vec![
-                    ("memory, idle, MB", idle),
-                    ("memory, 1,000 streams open, MB", memory(to).await),
-                    ("from key to listening, ms", to.start_time),
-                    ("binary size, MB", peer.size()),
-                ]
-            }
-        })
+        }
+        Ok(())
     }
 }
 
-/// The CPU time that the proxy uses for something, and what comes of it.
-async fn cpu_of<T>(to: &Running, load: impl Future<Output = Outcome<T>>) -> Outcome<(f64, T)> {
-    let before = to.cpu()?;
-    let done = load.await?;
-    Ok((to.cpu()? - before, done))
+/// The CPU time that the proxy uses during `load`, in microseconds, and of the times recorded their number, the
+/// median and the 99th percentile.
+async fn observe<T>(proxy: &Running, load: impl Future<Output = Result<T>>) -> Result<[f64; 4]> {
+    TIMES.lock().unwrap().clear();
+    let before = proxy.cpu()?;
+    load.await?;
+    let cpu = proxy.cpu()? - before;
+    let times = TIMES.lock().unwrap().clone();
+    let [p50, p99] = [0.5, 0.99].map(|share| quantile(&times, share));
+    Ok([cpu, times.len() as f64, p50, p99])
 }
 
-/// NaN where it may not be read: of a process that is not dumpable, by root alone.
-async fn memory(to: &Running) -> f64 {
+/// NaN without permission: only root may read the memory of a process that is not dumpable.
+async fn memory(proxy: &Running) -> f64 {
     sleep(SETTLING).await;
-    to.memory().unwrap_or(f64::NAN)
+    proxy.memory().unwrap_or(f64::NAN)
 }

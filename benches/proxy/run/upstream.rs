@@ -1,59 +1,68 @@
-//! The stand-in upstream: hyper behind rustls, on a thread of its own; and what both ends say to each other.
+//! The upstream of all proxies, hyper's server over rustls on a thread of its own, and what it and the load
+//! agree on.
 
 use std::convert::Infallible;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock, Mutex};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use http_body_util::BodyExt;
-use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
-use hyper::header::{AUTHORIZATION, CONNECTION, HeaderValue, UPGRADE};
-use hyper::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Either, Full};
+use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::header::{AUTHORIZATION, CONNECTION, UPGRADE};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use rustls::ServerConfig;
+use tokio::io::{BufReader, copy, split};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::TlsAcceptor;
 
-use super::{Outcome, runtime};
+use super::{Result, runtime};
 
-/// The key that every proxy adds; requests without it are refused.
+/// The API key that each proxy adds. The upstream serves no request without it.
 pub(crate) const KEY: &str = "sk-bench-0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// The name in the certificate.
+/// The host name in the upstream's certificate.
 pub(crate) const HOST: &str = "localhost";
 
-/// The header that says what is wanted, and in an answer, when the request's body began to come.
+/// The request header that names the task.
 pub(crate) const TASK: &str = "x-bench";
-/// The body taken to its end, then a small answer.
-pub(crate) const ANSWER: &str = "answer";
-/// An event every [`EVENT_INTERVAL`] until the client leaves.
-pub(crate) const STREAM: &str = "stream";
-/// [`HELD_EVENTS`] at once, then silence until the client leaves.
-pub(crate) const HOLD: &str = "hold";
+pub(crate) type Task = &'static str;
+/// Task: read the body to its end, then send [`SMALL`].
+pub(crate) const RESPOND: Task = "respond";
+/// Task: send [`FIRST_EVENTS`] at once, then those of [`send_events`] until the client disconnects.
+pub(crate) const STREAM: Task = "stream";
+/// Task: accept a WebSocket handshake and echo what is received.
+pub(crate) const TUNNEL: Task = "tunnel";
 
-/// The body of a small request and of its answer.
-static SMALL: [u8; 1 << 10] = [b'x'; 1 << 10];
+/// The body of a small request and of a small response.
+pub(crate) static SMALL: [u8; 1 << 10] = [b'x'; 1 << 10];
 
-/// One event of a stream, in bytes: about what the Responses API sends for a word.
+/// Size of an event, in bytes. The Responses API sends about as much for a word.
 pub(crate) const EVENT_BYTES: usize = 256;
 
-/// The pace of a model that says fifty words a second.
+/// Where an event contains the result of [`now`] at the time when it was written.
+pub(crate) const TIMESTAMP: Range<usize> = 4..24;
+
+/// Interval of a stream's events: a model that generates 50 words a second.
 const EVENT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// More than the 8 KiB that OpenAI's proxy waits for before it lets anything go.
-const HELD_EVENTS: usize = 40;
+/// Events at the start of a stream: more than the 8 KiB that OpenAI's proxy buffers.
+const FIRST_EVENTS: usize = 40;
 
-/// What is read from a socket at once. rustls itself would ask for 4 KiB at a time, which would make
-/// uploads the stand-in's limit and not the proxy's.
+/// Size of a read from a socket, in bytes. rustls would read 4 KiB at a time, and the upstream would limit the
+/// throughput of uploads.
 const READ_BYTES: usize = 64 << 10;
 
-/// Headers of an answer, about what the real upstream sends.
+/// Headers of a response, about as many and as long as OpenAI's.
 const HEADERS: [(&str, &str); 8] = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("x-request-id", "req_0123456789abcdef0123456789abcdef"),
@@ -65,35 +74,19 @@ const HEADERS: [(&str, &str); 8] = [
     ("strict-transport-security", "max-age=31536000; preload"),
 ];
 
-/// Microseconds since the first call; both ends are in one process and share the clock.
+/// The open streams.
+static STREAMS: Mutex<Vec<UnboundedSender<()>>> = Mutex::new(Vec::new());
+
+/// Microseconds since the first call. Load and upstream share a process and therefore the clock.
 pub(crate) fn now() -> f64 {
     static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
     BEGIN.elapsed().as_secs_f64() * 1e6
 }
 
-/// A body, at either end: the parts that are sent to it, until its senders are gone. None is an event, which
-/// gets the time at which it is written.
-pub(crate) struct Parts {
-    parts: UnboundedReceiver<Option<Bytes>>,
-    /// In bytes, where it is known.
-    length: Option<u64>,
-}
+/// A stream of events. Each is formatted when hyper is about to write it, so that its timestamp is exact.
+struct Events(UnboundedReceiver<()>);
 
-impl Parts {
-    pub(crate) fn new(length: Option<u64>) -> (UnboundedSender<Option<Bytes>>, Self) {
-        let (sender, parts) = unbounded_channel();
-        (sender, Self { parts, length })
-    }
-
-    /// The body of a small request or answer.
-    pub(crate) fn small() -> Self {
-        let (sender, body) = Self::new(Some(SMALL.len() as u64));
-        let _ = sender.send(Some(Bytes::from_static(&SMALL)));
-        body
-    }
-}
-
-impl Body for Parts {
+impl Body for Events {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -101,156 +94,95 @@ impl Body for Parts {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let part = ready!(self.parts.poll_recv(context));
-        Poll::Ready(part.map(|part| Ok(Frame::data(part.unwrap_or_else(event)))))
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.length.map_or_else(SizeHint::new, SizeHint::with_exact)
+        let event = self.0.poll_recv(context);
+        event.map(|event| event.map(|()| Ok(Frame::data(format_event()))))
     }
 }
 
-fn event() -> Bytes {
-    let head = format!("id: {:020.3}\nevent: response.output_text.delta\n", now());
-    let data = "data: {\"type\":\"response.output_text.delta\",\"delta\":\"";
-    let width = EVENT_BYTES - head.len() - data.len();
-    format!("{head}{data}{:x>width$}", "\"}\n\n").into()
+fn format_event() -> Bytes {
+    const PADDING: usize = EVENT_BYTES - "id: 01234567890123456789\ndata: ".len();
+    format!("id: {:020.3}\ndata: {:x>PADDING$}", now(), "\n\n").into()
 }
 
-/// When an event was written.
-pub(crate) fn stamp(event: &[u8]) -> Option<f64> {
-    std::str::from_utf8(event.get(4..24)?).ok()?.parse().ok()
-}
-
-/// Streams that send an event whenever [`pace`] says so.
-static PACED: Mutex<Vec<UnboundedSender<Option<Bytes>>>> = Mutex::new(Vec::new());
-
-/// Tells streams when to send, one after the other and evenly spread, so that each event goes alone. A
-/// thread, as the event loop's timers are no finer than a millisecond.
-fn pace() -> ! {
+/// Sends an event to each open stream per [`EVENT_INTERVAL`], evenly spread over it, for `duration`. Blocks, as
+/// the event loop's timers have a resolution of 1 ms.
+pub(crate) fn send_events(duration: Duration) {
+    let mut streams = STREAMS.lock().unwrap();
+    streams.retain(|stream| !stream.is_closed());
     let mut next = Instant::now();
-    loop {
-        let streams = PACED.lock().unwrap().clone();
-        let turns = streams.len().max(1);
-        for turn in 0..turns {
-            next += EVENT_INTERVAL / turns as u32;
-            thread::sleep(next.saturating_duration_since(Instant::now()));
-            let _ = streams.get(turn).map(|stream| stream.send(None));
-        }
-        PACED.lock().unwrap().retain(|stream| !stream.is_closed());
-        // What was missed is not made up for: that would be a burst.
-        next = next.max(Instant::now());
+    let end = next + duration;
+    for stream in streams.iter().cycle().take_while(|_| Instant::now() < end) {
+        // Time lost is not made up for, which would be a burst.
+        next = (next + EVENT_INTERVAL / streams.len() as u32).max(Instant::now());
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+        let _ = stream.send(());
     }
 }
 
-/// The running stand-in.
-pub(crate) struct Upstream {
-    pub(crate) port: u16,
-    /// Its certificate.
-    pub(crate) ca: PathBuf,
-    /// For who comes directly.
-    pub(crate) connector: TlsConnector,
+/// Starts the upstream, which runs until the process exits, and returns its port. Writes its certificate, a new
+/// one, to `directory`.
+pub(crate) fn start(directory: &Path) -> Result<u16> {
+    let certified = rcgen::generate_simple_self_signed([HOST.to_owned()])?;
+    let key = certified.signing_key.serialize_der().try_into()?;
+    std::fs::write(directory.join("ca.pem"), certified.cert.pem())?;
+    let config = ServerConfig::builder().with_no_client_auth();
+    let config = config.with_single_cert(vec![certified.cert.into()], key)?;
+    let runtime = runtime()?;
+    let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
+    let port = listener.local_addr()?.port();
+    thread::spawn(move || runtime.block_on(serve(listener, Arc::new(config).into())));
+    Ok(port)
 }
 
-impl Upstream {
-    /// Starts it, with a certificate of this run, for the rest of the process's life.
-    pub(crate) fn start(folder: &Path) -> Outcome<Self> {
-        let certified = rcgen::generate_simple_self_signed([HOST.to_owned()])?;
-        let (certificate, key) = (certified.cert, certified.signing_key.serialize_der());
-        let ca = folder.join("ca.pem");
-        std::fs::write(&ca, certificate.pem())?;
-        let mut roots = RootCertStore::empty();
-        roots.add(certificate.der().clone())?;
-        let client = ClientConfig::builder().with_root_certificates(roots);
-        let connector = Arc::new(client.with_no_client_auth()).into();
-        let server = ServerConfig::builder().with_no_client_auth();
-        let server = server.with_single_cert(vec![certificate.into()], key.try_into()?)?;
-        let runtime = runtime()?;
-        let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-        let port = listener.local_addr()?.port();
-        thread::spawn(move || runtime.block_on(serve(listener, Arc::new(server).into())));
-        thread::spawn(|| pace());
-        Ok(Self {
-            port,
-            ca,
-            connector,
-        })
-    }
-}
-
-async fn serve(listener: TcpListener, acceptor: TlsAcceptor) -> std::io::Result<()> {
+async fn serve(listener: TcpListener, acceptor: TlsAcceptor) -> Result<()> {
     loop {
         let (tcp, _) = listener.accept().await?;
         tcp.set_nodelay(true)?;
         let tls = acceptor.accept(BufReader::with_capacity(READ_BYTES, tcp));
         tokio::spawn(async move {
-            let service = hyper::service::service_fn(answer);
-            let server = hyper::server::conn::http1::Builder::new();
-            // A client that leaves its stream is an error here, and what is expected.
-            let _ = server
-                .serve_connection(TokioIo::new(tls.await?), service)
-                .with_upgrades()
-                .await;
+            let stream = TokioIo::new(tls.await?);
+            let connection = http1::Builder::new().serve_connection(stream, service_fn(handle));
+            // Fails when a client disconnects from an open stream, which is how streams end here.
+            let _ = connection.with_upgrades().await;
             std::io::Result::Ok(())
         });
     }
 }
 
-/// Accepts a WebSocket handshake and echoes what comes.
-fn websocket(mut request: Request<Incoming>) -> Response<Parts> {
-    let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        let mut stream = TokioIo::new(upgrade.await?);
-        let mut buffer = [0; EVENT_BYTES];
-        while let count @ 1.. = stream.read(&mut buffer).await? {
-            stream.write_all(&buffer[..count]).await?;
-            stream.flush().await?;
-        }
-        Outcome::Ok(())
-    });
-    let mut response = Response::new(Parts::new(Some(0)).1);
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let headers = response.headers_mut();
-    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    // That of the load's key.
-    let accept = HeaderValue::from_static("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
-    headers.insert("sec-websocket-accept", accept);
-    response
-}
-
-async fn answer(request: Request<Incoming>) -> Outcome<Response<Parts>> {
-    let has_key = request
-        .headers()
-        .get(AUTHORIZATION)
-        .is_some_and(|key| key.as_bytes() == format!("Bearer {KEY}").as_bytes());
-    if has_key && request.headers().contains_key(UPGRADE) {
-        return Ok(websocket(request));
+async fn handle(mut request: Request<Incoming>) -> Result<Response<Either<Full<Bytes>, Events>>> {
+    let key = request.headers().get(AUTHORIZATION).ok_or("no key")?;
+    let task = request.headers().get(TASK).ok_or("no task")?.clone();
+    if *key != format!("Bearer {KEY}") {
+        return Err("wrong key".into());
     }
-    let (head, mut body) = request.into_parts();
-    let mut first = 0.0;
+    if task == TUNNEL {
+        tokio::spawn(echo(hyper::upgrade::on(&mut request)));
+        let response = Response::builder()
+            .status(101)
+            .header(CONNECTION, "Upgrade")
+            .header(UPGRADE, "websocket")
+            // For the key of RFC 6455, section 1.3, which the load sends.
+            .header("sec-websocket-accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+        return Ok(response.body(Either::Left(Full::default()))?);
+    }
+    let mut body = request.into_body();
     while let Some(frame) = body.frame().await {
         frame?;
-        first = if first == 0.0 { now() } else { first };
     }
-    let header = |name| head.headers.get(name).map(HeaderValue::as_bytes);
-    let is_task = |name: &str| header(TASK) == Some(name.as_bytes());
-    let (sender, parts) = Parts::new(None);
-    let is_small = is_task(ANSWER);
-    let mut response = Response::new(if is_small { Parts::small() } else { parts });
-    let headers = response.headers_mut();
+    let mut response = Response::builder();
     for (name, value) in HEADERS {
-        headers.insert(name, HeaderValue::from_static(value));
+        response = response.header(name, value);
     }
-    headers.insert(TASK, first.to_string().try_into()?);
-    if !has_key {
-        *response.status_mut() = StatusCode::UNAUTHORIZED;
-    } else if is_task(STREAM) {
-        PACED.lock().unwrap().push(sender);
-    } else if is_task(HOLD) {
-        (0..HELD_EVENTS).try_for_each(|_| sender.send(None))?;
-        // The stream's end never comes.
-        std::mem::forget(sender);
+    if task == RESPOND {
+        return Ok(response.body(Either::Left(Full::from(&SMALL[..])))?);
     }
-    Ok(response)
+    let (sender, receiver) = unbounded_channel();
+    (0..FIRST_EVENTS).try_for_each(|_| sender.send(()))?;
+    STREAMS.lock().unwrap().push(sender);
+    Ok(response.body(Either::Right(Events(receiver)))?)
+}
+
+async fn echo(upgrade: OnUpgrade) -> Result<u64> {
+    let (mut reader, mut writer) = split(TokioIo::new(upgrade.await?));
+    Ok(copy(&mut reader, &mut writer).await?)
 }
