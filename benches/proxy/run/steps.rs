@@ -115,9 +115,10 @@ impl Step {
                 let websockets = connect(port, CONNECTIONS, TUNNEL).await?;
                 let websockets = exchange(websockets, &FRAME, WARM_UP).await?;
                 let load = exchange(websockets, &FRAME, MEASURED);
-                let [cpu, count, ..] = observe(proxy, load).await?;
+                let [cpu, count, p50, _] = observe(proxy, load).await?;
                 // An exchange is two frames.
                 add("CPU per WebSocket frame, µs", cpu / (2.0 * count));
+                add("WebSocket round trip, p50, µs", p50);
             }
             Self::Upload => {
                 let connection = connect(port, 1, RESPOND).await?;
