@@ -26,7 +26,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
 use tungstenite::Message;
-use upstream::{Exchange, Folder, Upstream, events, next_request};
+use upstream::{TestDir, Upstream, UpstreamRequest, events, next_request};
 
 /// Given as the first argument, the demo is the proxy: so it needs no other program beside it.
 const BE_THE_PROXY: &str = "be-the-proxy";
@@ -70,9 +70,9 @@ fn demo() -> Outcome {
     let request = json!({ "model": "any", "input": "Say hello", "stream": true });
     let body = request.to_string();
     let mut client = Client::connect(port);
-    client.post("Content-Type: application/json\r\n", body)?;
-    print!("   {} ", client.head()?.status());
-    while let Some(event) = client.piece()? {
+    client.send_post("Content-Type: application/json\r\n", body)?;
+    print!("   {} ", client.read_head()?.status());
+    while let Some(event) = client.read_part()? {
         let event = String::from_utf8(event)?;
         for data in event.lines().filter_map(|l| l.strip_prefix("data: ")) {
             print_words(&data.parse()?)?;
@@ -82,7 +82,7 @@ fn demo() -> Outcome {
     println!("\n\n2. Anything else is refused:");
     let mut client = Client::connect(port);
     client.send("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
-    let answer = client.response()?;
+    let answer = client.read_response()?;
     let body = String::from_utf8(answer.body)?;
     println!("   {} {body}", answer.head.status());
 
@@ -125,26 +125,26 @@ fn print_words(event: &Value) -> io::Result<()> {
 }
 
 /// Answers a request that has the key, a word at a time.
-fn speak(exchange: &mut Exchange<'_>) -> io::Result<()> {
-    exchange.body()?;
-    if exchange.header("authorization") != format!("Bearer {KEY}") {
-        return exchange.answer("401 Unauthorized", "", b"");
+fn speak(request: &mut UpstreamRequest<'_>) -> io::Result<()> {
+    request.read_body()?;
+    if request.header("authorization") != format!("Bearer {KEY}") {
+        return request.respond("401 Unauthorized", "", b"");
     }
     let words: Vec<_> = WORDS.split_inclusive(' ').collect();
-    if exchange.header("upgrade") == "websocket" {
-        return speak_over_websocket(exchange, &words);
+    if request.header("upgrade") == "websocket" {
+        return speak_over_websocket(request, &words);
     }
-    exchange.begin_events()?;
+    request.start_events()?;
     for event in events(&words) {
         thread::sleep(PAUSE);
-        exchange.chunk(event)?;
+        request.chunk(event)?;
     }
-    exchange.chunk("")
+    request.chunk("")
 }
 
 /// The same for each request that comes over a WebSocket, until its client leaves.
-fn speak_over_websocket(exchange: &mut Exchange<'_>, words: &[&str]) -> io::Result<()> {
-    let mut socket = exchange.websocket()?;
+fn speak_over_websocket(request: &mut UpstreamRequest<'_>, words: &[&str]) -> io::Result<()> {
+    let mut socket = request.websocket()?;
     while let Some((_, events)) = next_request(&mut socket, words) {
         for event in events {
             thread::sleep(PAUSE);
@@ -162,13 +162,13 @@ struct Proxy {
 
 impl Proxy {
     fn start(upstream: &Upstream) -> Outcome<Self> {
-        let folder = Folder::new();
-        let info = folder.join("server-info.json");
+        let dir = TestDir::new();
+        let info = dir.join("server-info.json");
         let mut process = Command::new(std::env::current_exe()?)
             .args([BE_THE_PROXY, "--websocket"])
             .args(["--upstream-url", &upstream.url()])
             .arg("--upstream-ca")
-            .arg(upstream.authority().ok_or("no certificate")?)
+            .arg(upstream.ca_file().ok_or("no certificate")?)
             .arg("--server-info")
             .arg(&info)
             .stdin(Stdio::piped())

@@ -5,8 +5,8 @@ mod support;
 #[cfg(not(target_os = "linux"))]
 #[test]
 fn it_is_an_error_where_the_kernel_does_not_tell_users_apart() {
-    let launch = support::Launch::new().args(["--allow-user", "0"]);
-    launch.assert_one_sentence("not Linux", 1, &["--allow-user"]);
+    let command = support::ProxyCommand::new().args(["--allow-user", "0"]);
+    command.assert_startup_error("not Linux", 1, &["--allow-user"]);
     let what = "key_once, overload, process_privacy and parts of allow_user and dump";
     support::skip(what, "they need what only Linux tells of a process");
 }
@@ -23,9 +23,9 @@ mod linux {
     const NOBODY: u32 = 65_534;
 
     /// The proxy, which serves these.
-    fn allowing<'a>(upstream: &Upstream, who: impl IntoIterator<Item = &'a str>) -> Launch {
+    fn allowing<'a>(upstream: &Upstream, who: impl IntoIterator<Item = &'a str>) -> ProxyCommand {
         let args = who.into_iter().flat_map(|who| ["--allow-user", who]);
-        Launch::to(upstream).args(args)
+        ProxyCommand::for_upstream(upstream).args(args)
     }
 
     /// A connection of this user's. A socket is whose it was when it was made, whoever uses it.
@@ -35,18 +35,18 @@ mod linux {
     }
 
     fn status_for(proxy: &Proxy, uid: u32) -> u16 {
-        client_of(uid, proxy).ask().unwrap().status()
+        client_of(uid, proxy).post_default().unwrap().status()
     }
 
     #[test]
     fn a_named_user_is_served_and_others_are_refused_on_every_path_with_their_uid_in_the_log() {
-        if !is_root_for("clients of several users") {
+        if !require_root("clients of several users") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let launch = allowing(&upstream, [&*ALLOWED.to_string(), "root"]);
-        let launch = launch.args(["--http-shutdown", "--websocket"]);
-        let mut proxy = launch.start();
+        let command = allowing(&upstream, [&*ALLOWED.to_string(), "root"]);
+        let command = command.args(["--http-shutdown", "--websocket"]);
+        let mut proxy = command.start();
         for (uid, status, line) in [
             (ALLOWED, 200, "request "),
             (0, 200, "request "),
@@ -58,7 +58,7 @@ mod linux {
             let words = [format!(" uid={uid} "), format!(" status={status} ")];
             proxy.wait_for_request(line, &[&words[0], &words[1]]);
         }
-        assert_eq!(upstream.seen().len(), 3);
+        assert_eq!(upstream.requests().len(), 3);
         // On no path: neither to get through nor to stop it.
         let requests = "POST /v1/responses|a handshake|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
         for request in requests.split('|') {
@@ -69,15 +69,15 @@ mod linux {
                 _ => format!("{request} HTTP/1.1\r\n{headers}\r\n\r\n{{}}"),
             };
             client.send(bytes).unwrap();
-            let response = client.response().unwrap();
+            let response = client.read_response().unwrap();
             assert_eq!(response.status(), 403, "{request}: {response:?}");
             let message = response.error_message();
             assert!(message.contains("user"), "{request}: {message}");
             // It has said all that it may.
-            assert_eq!(client.until_closed().unwrap(), b"", "{request}");
+            assert_eq!(client.read_until_closed().unwrap(), b"", "{request}");
         }
         let mut client = client_of(ALLOWED, &proxy);
-        assert_eq!(client.ask().unwrap().status(), 200);
+        assert_eq!(client.post_default().unwrap().status(), 200);
         assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
         let run = proxy.wait();
         assert_eq!(run.status.code(), Some(0), "{run:?}");
@@ -85,19 +85,23 @@ mod linux {
         let lines = run.stderr.iter().filter(of_refused).count();
         let expected = 1 + requests.split('|').count();
         assert_eq!(lines, expected, "one line each: {run:?}");
-        let bodies: Vec<_> = upstream.seen().into_iter().map(|seen| seen.body).collect();
+        let bodies: Vec<_> = upstream
+            .requests()
+            .into_iter()
+            .map(|seen| seen.body)
+            .collect();
         assert_eq!(bodies, [b"{}"; 4]);
     }
 
     #[test]
     fn refused_users_keep_no_place_from_others() {
-        if !is_root_for("a client of another user") {
+        if !require_root("a client of another user") {
             return;
         }
         let upstream = Upstream::start(ok);
         // Room for 30 clients.
-        let launch = limit_descriptors(allowing(&upstream, [&*ALLOWED.to_string()]), 100, 0..0);
-        let proxy = launch.start();
+        let command = limit_descriptors(allowing(&upstream, [&*ALLOWED.to_string()]), 100, 0..0);
+        let proxy = command.start();
         // Some of them begin a request, and none reads.
         let mut refused = [(); 100].map(|()| client_of(REFUSED, &proxy));
         for client in refused.iter_mut().step_by(2) {
@@ -111,20 +115,20 @@ mod linux {
 
     #[test]
     fn one_user_gets_at_most_half_of_the_slots() {
-        if !is_root_for("clients of several users") {
+        if !require_root("clients of several users") {
             return;
         }
         let upstream = Upstream::start(ok);
         let users = [ALLOWED, NOBODY].map(|uid| uid.to_string());
-        let launch = allowing(&upstream, users.iter().map(String::as_str));
+        let command = allowing(&upstream, users.iter().map(String::as_str));
         // 30 slots.
-        let mut proxy = limit_descriptors(launch, 100, 0..0).start();
+        let mut proxy = limit_descriptors(command, 100, 0..0).start();
         let mut clients = [(); 15].map(|()| client_of(ALLOWED, &proxy));
         for client in &mut clients {
-            assert_eq!(client.ask().unwrap().status(), 200);
+            assert_eq!(client.post_default().unwrap().status(), 200);
         }
         for _ in 0..20 {
-            let response = client_of(ALLOWED, &proxy).ask().unwrap();
+            let response = client_of(ALLOWED, &proxy).post_default().unwrap();
             assert_eq!(response.status(), 503);
             assert!(response.error_message().contains("half"));
         }
@@ -133,7 +137,7 @@ mod linux {
         let line = proxy.wait_for_line(is_logged);
         assert!(line.contains(" status=503 "), "{line}");
         assert_eq!(status_for(&proxy, NOBODY), 200);
-        assert_eq!(clients[0].ask().unwrap().status(), 200);
+        assert_eq!(clients[0].post_default().unwrap().status(), 200);
         drop(clients);
         wait_until("its slots are free", || status_for(&proxy, ALLOWED) == 200);
     }
@@ -141,13 +145,13 @@ mod linux {
     #[test]
     fn a_refused_user_passes_for_nobody_else_by_leaving() {
         const EACH: usize = 60;
-        if !is_root_for("clients of another user that leave") {
+        if !require_root("clients of another user that leave") {
             return;
         }
         let upstream = Upstream::start(ok);
         // A socket that nobody owns any more says that it is root's.
-        let launch = allowing(&upstream, ["root"]).arg("--http-shutdown");
-        let proxy = launch.start();
+        let command = allowing(&upstream, ["root"]).arg("--http-shutdown");
+        let proxy = command.start();
         let ways = "closes|resets|half closes|half closes, then closes";
         let mut staying = Vec::new();
         // All of them have left before the proxy looks at the first; then, whatever comes first.
@@ -162,7 +166,7 @@ mod linux {
                     let post = client.post_head("Content-Length: 2\r\n") + "{}";
                     client.send([shutdown, &post][number % 2]).unwrap();
                     if way.starts_with("half") {
-                        client.finish_sending();
+                        client.shutdown_write();
                     }
                     match way {
                         "resets" => client.reset(),
@@ -184,25 +188,25 @@ mod linux {
             let line = line.replace(&format!("uid={REFUSED} "), "uid=- ");
             assert!(line.starts_with("refused uid=- status=403 "), "{line}");
         }
-        assert_eq!(upstream.close().len(), 2, "root's own");
+        assert_eq!(upstream.into_requests().len(), 2, "root's own");
     }
 
     #[test]
     fn an_allowed_user_who_half_closes_is_not_taken_on_trust() {
-        if !is_root_for("a client of another user") {
+        if !require_root("a client of another user") {
             return;
         }
         let upstream = Upstream::start(ok);
         let proxy = allowing(&upstream, [&*ALLOWED.to_string()]).start();
         proxy.freeze();
         let mut client = client_of(ALLOWED, &proxy);
-        client.post("", "{}").unwrap();
-        client.finish_sending();
+        client.send_post("", "{}").unwrap();
+        client.shutdown_write();
         proxy.signal(Signal::SIGCONT);
-        assert_eq!(client.response().unwrap().status(), 403);
+        assert_eq!(client.read_response().unwrap().status(), 403);
         assert_eq!(status_for(&proxy, ALLOWED), 200);
         proxy.stop();
-        assert_eq!(upstream.close().len(), 1);
+        assert_eq!(upstream.into_requests().len(), 1);
     }
 
     const USERS: &str = "root:x:0:0::/:/bin/sh
@@ -218,10 +222,10 @@ dave:x:3900104:3900104::/:/bin/sh
         if Path::new("/var/run/nscd/socket").exists() {
             return skip(what, "a daemon answers for /etc/passwd here");
         }
-        let folder = Folder::new();
+        let dir = TestDir::new();
         let file = |name: &str, content: &str| {
-            fs::write(folder.join(name), content).unwrap();
-            Mount::File(folder.join(name), Path::new("/etc").join(name))
+            fs::write(dir.join(name), content).unwrap();
+            Mount::File(dir.join(name), Path::new("/etc").join(name))
         };
         let both = "primary:x:3900200:\ndevelopers:x:3900201:root,bob\n";
         let others = "developers:x:3900201:dave\nprimary:x:3900202:\n";
@@ -238,13 +242,13 @@ dave:x:3900104:3900104::/:/bin/sh
             file("nsswitch.conf", files_only),
         ];
         let upstream = Upstream::start(ok);
-        let launch = allowing(&upstream, ["alice", "@developers", "@primary"]);
-        let Some(proxy) = start_with_mounts(what, launch, mounts) else {
+        let command = allowing(&upstream, ["alice", "@developers", "@primary"]);
+        let Some(proxy) = start_with_mounts(what, command, mounts) else {
             return;
         };
         for (groups, expected) in times {
             // In place, for the mount is of the file and not of its name.
-            fs::write(folder.join("group"), format!("root:x:0:\n{groups}")).unwrap();
+            fs::write(dir.join("group"), format!("root:x:0:\n{groups}")).unwrap();
             let users = [3_900_101, 3_900_102, 3_900_103, 3_900_104, REFUSED];
             // What the group database says is relied on for a moment.
             let statuses = || users.map(|uid| status_for(&proxy, uid));
@@ -253,7 +257,7 @@ dave:x:3900104:3900104::/:/bin/sh
     }
 
     /// Denies a program netlink sockets in the way of systemd's `RestrictAddressFamilies=`.
-    fn without_netlink(launch: Launch) -> Launch {
+    fn without_netlink(command: ProxyCommand) -> ProxyCommand {
         const DENIED: u32 = libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT as u32;
         // The call's number is at 0, the lower half of its first argument at 16 or 20 (linux/seccomp.h).
         let first_argument = 16 + 4 * u32::from(cfg!(target_endian = "big"));
@@ -270,7 +274,7 @@ dave:x:3900104:3900104::/:/bin/sh
             let (code, jt) = (code as u16, 0);
             libc::sock_filter { code, jt, jf, k }
         });
-        launch.before_start(move || {
+        command.pre_exec(move || {
             let (len, filter) = (filter.len() as u16, filter.as_mut_ptr());
             let program = libc::sock_fprog { len, filter };
             nix::sys::prctl::set_no_new_privs()?;
@@ -288,27 +292,27 @@ dave:x:3900104:3900104::/:/bin/sh
     fn without_netlink_it_does_not_start_and_says_what_is_missing() {
         let upstream = Upstream::start(ok);
         let words = ["--allow-user", "AF_NETLINK"];
-        without_netlink(allowing(&upstream, ["0"])).assert_one_sentence("denied", 1, &words);
+        without_netlink(allowing(&upstream, ["0"])).assert_startup_error("denied", 1, &words);
         // Who doesn't ask for it doesn't need it.
-        let proxy = without_netlink(Launch::to(&upstream)).start();
-        assert_eq!(proxy.ask().status(), 200);
+        let proxy = without_netlink(ProxyCommand::for_upstream(&upstream)).start();
+        assert_eq!(proxy.post_default().status(), 200);
         // The owner of a plain upstream is checked where that is possible, and where it was asked for.
-        let plain = Upstream::plain(ok);
-        let proxy = without_netlink(Launch::to(&plain)).start();
+        let plain = Upstream::start_plain(ok);
+        let proxy = without_netlink(ProxyCommand::for_upstream(&plain)).start();
         let is_said = |line: &&String| line.contains("owner is not checked");
         assert_eq!(proxy.log.iter().filter(is_said).count(), 1);
-        assert_eq!(proxy.ask().status(), 200);
-        let launch = Launch::to(&plain).args(["--upstream-user", "0"]);
+        assert_eq!(proxy.post_default().status(), 200);
+        let command = ProxyCommand::for_upstream(&plain).args(["--upstream-user", "0"]);
         let words = ["--upstream-user", "AF_NETLINK"];
-        without_netlink(launch).assert_one_sentence("denied", 1, &words);
+        without_netlink(command).assert_startup_error("denied", 1, &words);
     }
 
     #[test]
     fn an_unknown_name_is_one_sentence_that_says_which() {
         for name in "no-such-user-here @no-such-group-here 4294967296 -1 @ ".split(' ') {
-            let launch = Launch::new().args(["--allow-user", "0"]);
-            let launch = launch.arg(format!("--allow-user={name}"));
-            launch.assert_one_sentence(name, 1, &["--allow-user", name]);
+            let command = ProxyCommand::new().args(["--allow-user", "0"]);
+            let command = command.arg(format!("--allow-user={name}"));
+            command.assert_startup_error(name, 1, &["--allow-user", name]);
         }
     }
 }

@@ -9,9 +9,9 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use support::*;
 
-/// The files of a folder, in the order of their names.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).unwrap();
+/// The files of a directory, in the order of their names.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).unwrap();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     paths
@@ -19,25 +19,25 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 
 /// A proxy that dumps, and what it needs for as long as it runs.
 struct Dumping {
-    folder: Folder,
+    dir: TestDir,
     upstream: Upstream,
 }
 
 impl Dumping {
     fn new(script: impl Script) -> Self {
         Self {
-            folder: Folder::new(),
+            dir: TestDir::new(),
             upstream: Upstream::start(script),
         }
     }
 
     fn dumps(&self) -> PathBuf {
-        self.folder.join("new/dumps")
+        self.dir.join("new/dumps")
     }
 
-    fn launch(&self) -> Launch {
-        let launch = Launch::to(&self.upstream);
-        launch.arg("--dump-dir").arg(self.dumps())
+    fn command(&self) -> ProxyCommand {
+        let command = ProxyCommand::for_upstream(&self.upstream);
+        command.arg("--dump-dir").arg(self.dumps())
     }
 
     /// The bodies in its files, in the order of their names.
@@ -48,9 +48,9 @@ impl Dumping {
 }
 
 /// The numbers in the names of these files.
-fn numbers(folder: &Path) -> Vec<String> {
+fn numbers(dir: &Path) -> Vec<String> {
     let number = |file: &PathBuf| parts(file)[0].clone();
-    files(folder).iter().map(number).collect()
+    files(dir).iter().map(number).collect()
 }
 
 fn mode(path: &Path) -> u32 {
@@ -82,20 +82,20 @@ fn header<'a>(dump: &'a Value, name: &str) -> Vec<&'a str> {
 
 #[test]
 fn each_exchange_is_two_files_for_their_owner_alone() {
-    let dumping = Dumping::new(|exchange| {
-        exchange.body()?;
+    let dumping = Dumping::new(|request| {
+        request.read_body()?;
         let headers = "Retry-After: 7\r\nX-Twice: 1\r\nX-Twice: 2\r\n";
         let body = b"{\"error\": [1.50, null]}";
-        exchange.answer("429 Too Many Requests", headers, body)
+        request.respond("429 Too Many Requests", headers, body)
     });
-    let proxy = dumping.launch().start();
+    let proxy = dumping.command().start();
     assert_eq!(mode(&dumping.dumps()), 0o700);
-    assert_eq!(mode(&dumping.folder.join("new")) & 0o022, 0);
+    assert_eq!(mode(&dumping.dir.join("new")) & 0o022, 0);
     for _ in 0..2 {
         let headers = "X-Twice: a\r\nAuthorization: Bearer sk-their-own\r\nx-twice: b\r\n\
             AUTHORIZATION: Basic c2stdGhlaXItb3du\r\n";
         let body = "{\"input\": \"hello\"}";
-        let response = proxy.client().ask_with(headers, body).unwrap();
+        let response = proxy.client().post(headers, body).unwrap();
         assert_eq!(response.status(), 429);
     }
     // What is refused is no exchange.
@@ -139,10 +139,10 @@ fn a_body_is_json_where_it_is_that_and_text_where_it_is_not() {
         (b"{\"a\": \"\xff\"}", json!({"a": "\u{fffd}"})),
     ];
     let dumping = Dumping::new(echo);
-    let proxy = dumping.launch().start();
+    let proxy = dumping.command().start();
     let mut client = proxy.client();
     for (body, expected) in &cases {
-        let response = client.ask_with("", body).unwrap();
+        let response = client.post("", body).unwrap();
         assert_eq!(&response.body, body, "{expected}");
     }
     drop(client);
@@ -154,32 +154,32 @@ fn a_body_is_json_where_it_is_that_and_text_where_it_is_not() {
 
 #[test]
 fn what_breaks_off_is_dumped_as_far_as_it_came() {
-    let (go_on, held) = telling();
-    let (tell, told) = telling();
-    let dumping = Dumping::new(move |exchange| {
-        let breaks = exchange.body()? == b"breaks";
-        exchange.begin_events()?;
-        exchange.chunk("data: 1\n\n")?;
+    let (go_on, held) = channel();
+    let (tell, told) = channel();
+    let dumping = Dumping::new(move |request| {
+        let breaks = request.read_body()? == b"breaks";
+        request.start_events()?;
+        request.chunk("data: 1\n\n")?;
         if breaks {
-            held.wait()?;
-            return exchange.cut();
+            held.recv()?;
+            return request.close_abruptly();
         }
-        tell.send(exchange.wait_until_left().is_ok()).unwrap();
+        tell.send(request.wait_until_closed().is_ok()).unwrap();
         Ok(())
     });
-    let proxy = dumping.launch().start();
+    let proxy = dumping.command().start();
     for body in ["breaks", "leaves"] {
         let mut client = proxy.client();
-        client.post("", body).unwrap();
-        client.head().unwrap();
-        client.piece().unwrap();
+        client.send_post("", body).unwrap();
+        client.read_head().unwrap();
+        client.read_part().unwrap();
         if body == "breaks" {
             go_on.send(()).unwrap();
-            client.rest().unwrap_err();
+            client.read_rest().unwrap_err();
             continue;
         }
         drop(client);
-        assert!(told.within(AT_ONCE).unwrap());
+        assert!(told.recv_timeout(PROMPT).unwrap());
     }
     proxy.stop();
     let expected = ["breaks", "data: 1\n\n", "leaves", "data: 1\n\n"];
@@ -188,37 +188,37 @@ fn what_breaks_off_is_dumped_as_far_as_it_came() {
 
 #[test]
 fn a_folder_that_others_may_enter_or_that_cannot_be_made_is_one_sentence() {
-    let folder = Folder::new();
-    fs::write(folder.join("file"), "").unwrap();
+    let dir = TestDir::new();
+    fs::write(dir.join("file"), "").unwrap();
     let open = |mode| {
-        let path = folder.join(format!("{mode:o}"));
+        let path = dir.join(format!("{mode:o}"));
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
         path
     };
-    let mut paths = vec![folder.join("file"), folder.join("file/dumps")];
+    let mut paths = vec![dir.join("file"), dir.join("file/dumps")];
     paths.extend([0o755, 0o704, 0o720].map(open));
-    if is_root_for("a folder that is somebody else's") {
+    if require_root("a dir that is somebody else's") {
         let strangers = open(0o700);
         chown(&strangers, Some(65534), None).unwrap();
         paths.push(strangers);
     }
     for path in paths {
-        let launch = Launch::before_the_key().arg("--dump-dir").arg(&path);
+        let command = ProxyCommand::without_key().arg("--dump-dir").arg(&path);
         let path = path.to_str().unwrap();
-        launch.assert_one_sentence(path, 1, &["--dump-dir", path]);
+        command.assert_startup_error(path, 1, &["--dump-dir", path]);
     }
 }
 
 #[test]
 fn nothing_is_written_unless_asked_for() {
     let upstream = Upstream::start(ok);
-    let folder = Folder::new();
-    let launch = Launch::to(&upstream).env("TMPDIR", &*folder);
-    let proxy = launch.in_folder(&folder).start();
-    assert_eq!(proxy.ask().status(), 200);
+    let dir = TestDir::new();
+    let command = ProxyCommand::for_upstream(&upstream).env("TMPDIR", &*dir);
+    let proxy = command.current_dir(&dir).start();
+    assert_eq!(proxy.post_default().status(), 200);
     proxy.stop();
-    assert_eq!(files(&folder), [""; 0].map(PathBuf::from));
+    assert_eq!(files(&dir), [""; 0].map(PathBuf::from));
 }
 
 /// The log says of the exchange with this number that it could not be dumped.
@@ -234,19 +234,19 @@ fn wait_for_complaints(proxy: &mut Proxy, number: &str) {
 #[test]
 fn a_folder_that_goes_away_harms_no_exchange_and_is_logged() {
     let dumping = Dumping::new(ok);
-    let (dumps, elsewhere) = (dumping.dumps(), dumping.folder.join("elsewhere"));
-    let mut proxy = dumping.launch().start();
+    let (dumps, elsewhere) = (dumping.dumps(), dumping.dir.join("elsewhere"));
+    let mut proxy = dumping.command().start();
     let mut client = proxy.client();
     fs::rename(&dumps, &elsewhere).unwrap();
     for number in ["000001", "000002"] {
-        assert_eq!(client.ask().unwrap().status(), 200, "gone");
+        assert_eq!(client.post_default().unwrap().status(), 200, "gone");
         wait_for_complaints(&mut proxy, number);
         // From now on, there is a file in its place.
         fs::write(&dumps, "").unwrap();
     }
     fs::remove_file(&dumps).unwrap();
     fs::rename(elsewhere, &dumps).unwrap();
-    assert_eq!(client.ask().unwrap().status(), 200);
+    assert_eq!(client.post_default().unwrap().status(), 200);
     proxy.stop();
     assert_eq!(numbers(&dumps), ["000003"; 2]);
 }
@@ -261,14 +261,14 @@ mod little_room {
         let dumps = dumping.dumps();
         fs::create_dir_all(&dumps).unwrap();
         let disk = Mount::Empty(dumps.clone(), "size=256k,mode=0700");
-        let proxy = start_with_mounts("a full disk", dumping.launch(), vec![disk]);
+        let proxy = start_with_mounts("a full disk", dumping.command(), vec![disk]);
         let Some(mut proxy) = proxy else { return };
         let mut client = proxy.client();
         let large = vec![b'x'; 1 << 20];
         // What couldn't be written takes no room either, so the next one can be.
         let bodies = [&*large, b"small", &large];
         for (number, body) in ["000001", "000002", "000003"].into_iter().zip(bodies) {
-            assert_eq!(client.ask_with("", body).unwrap().body, body);
+            assert_eq!(client.post("", body).unwrap().body, body);
             if body == large {
                 wait_for_complaints(&mut proxy, number);
             }
@@ -280,12 +280,12 @@ mod little_room {
     #[test]
     fn a_long_body_is_cut_off_and_its_file_says_so() {
         const LONGEST: usize = 16 << 20;
-        let dumping = Dumping::new(|exchange| {
-            exchange.body()?;
-            exchange.answer_events(&[&*"x".repeat(1 << 20); 20])
+        let dumping = Dumping::new(|request| {
+            request.read_body()?;
+            request.respond_with_events(&[&*"x".repeat(1 << 20); 20])
         });
-        let proxy = dumping.launch().start();
-        let body = proxy.client().ask_with("", "long").unwrap().body;
+        let proxy = dumping.command().start();
+        let body = proxy.client().post("", "long").unwrap().body;
         assert_eq!(body.len(), 20 << 20);
         proxy.stop();
         for (path, long) in files(&dumping.dumps()).iter().zip([false, true]) {
@@ -300,23 +300,23 @@ mod little_room {
     fn what_is_too_much_together_is_not_dumped_and_harms_no_exchange() {
         const STREAMS: usize = 6;
         const LENGTH: usize = 15 << 20;
-        let (tell, told) = telling();
-        let (go_on, held) = telling();
-        let dumping = Dumping::new(move |exchange| {
-            exchange.body()?;
-            exchange.begin_events()?;
-            exchange.chunk(vec![b'x'; LENGTH])?;
+        let (tell, told) = channel();
+        let (go_on, held) = channel();
+        let dumping = Dumping::new(move |request| {
+            request.read_body()?;
+            request.start_events()?;
+            request.chunk(vec![b'x'; LENGTH])?;
             tell.send(()).unwrap();
-            held.wait()?;
-            exchange.chunk("")
+            held.recv()?;
+            request.chunk("")
         });
-        let mut proxy = dumping.launch().start();
+        let mut proxy = dumping.command().start();
         let clients = [(); STREAMS].map(|()| {
             let mut client = proxy.client();
-            std::thread::spawn(move || client.ask().unwrap().body.len())
+            std::thread::spawn(move || client.post_default().unwrap().body.len())
         });
         // All six wait for their end with 15 MiB each, of which four have room together.
-        (0..STREAMS).for_each(|_| told.wait().unwrap());
+        (0..STREAMS).for_each(|_| told.recv().unwrap());
         proxy.wait_for_line(|line| line.contains("is not written: dump buffer full"));
         (0..STREAMS).for_each(|_| go_on.send(()).unwrap());
         for client in clients {

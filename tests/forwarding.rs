@@ -7,12 +7,12 @@ use support::*;
 
 /// What reaches the upstream of a request with these header lines, and this behind them: its headers, but for those
 /// that every proxied one has of its own, and its body.
-fn seen_of(headers: &str, rest: &str) -> (String, Seen) {
+fn forward(headers: &str, rest: &str) -> (String, RecordedRequest) {
     let (upstream, proxy) = serve(ok);
     let mut client = proxy.client();
     client.send(client.post_head(headers) + rest).unwrap();
-    assert_eq!(client.response().unwrap().status(), 200, "{headers}");
-    let seen = upstream.only();
+    assert_eq!(client.read_response().unwrap().status(), 200, "{headers}");
+    let seen = upstream.single_request();
     let key = format!("authorization: Bearer {KEY}");
     let host = format!("host: localhost:{}", upstream.port);
     let mut lines = seen.head.sorted();
@@ -56,7 +56,7 @@ fn end_to_end_headers_go_up_as_they_came_and_no_others() {
         (own, nothing),
     ] {
         let headers = format!("{headers}Content-Length: 2\r\n");
-        let (lines, seen) = seen_of(&headers, "{}");
+        let (lines, seen) = forward(&headers, "{}");
         assert_eq!(lines, expected, "{headers}");
         assert_eq!(seen.body, b"{}", "{headers}");
     }
@@ -74,7 +74,7 @@ fn a_known_length_stays_one_and_chunks_stay_chunks() {
         ("transfer-encoding: CHUNKED\r\n", others, Chunked, "hello"),
         ("", "", Length(0), ""),
     ] {
-        let (lines, seen) = seen_of(header, rest);
+        let (lines, seen) = forward(header, rest);
         assert!(lines.lines().count() <= 1, "{header:?}: {lines}");
         assert_eq!(seen.framing, framing, "{header:?}");
         assert_eq!(seen.body, body.as_bytes(), "{header:?}");
@@ -87,10 +87,10 @@ fn a_client_that_expects_100_continue_gets_it_before_its_body() {
     let mut client = proxy.client();
     let headers = "Expect: 100-continue\r\nContent-Length: 5\r\n";
     client.send_head(headers).unwrap();
-    assert_eq!(client.head().unwrap().status(), 100);
+    assert_eq!(client.read_head().unwrap().status(), 100);
     client.send("hello").unwrap();
-    assert_eq!(client.response().unwrap().status(), 200);
-    let seen = upstream.only();
+    assert_eq!(client.read_response().unwrap().status(), 200);
+    let seen = upstream.single_request();
     assert_eq!(seen.head.get("expect"), None);
     assert_eq!(seen.body, b"hello");
 }
@@ -117,10 +117,10 @@ fn parts(answer: &str) -> [&str; 3] {
 
 #[test]
 fn statuses_come_back_with_their_headers_and_bodies() {
-    let (upstream, proxy) = serve(|exchange| {
-        let answer = String::from_utf8(exchange.body()?.to_vec()).unwrap();
+    let (upstream, proxy) = serve(|request| {
+        let answer = String::from_utf8(request.read_body()?.to_vec()).unwrap();
         let [status, header, body] = parts(&answer);
-        exchange.answer(
+        request.respond(
             status,
             format!("{header}\r\n").trim_start(),
             body.as_bytes(),
@@ -128,7 +128,7 @@ fn statuses_come_back_with_their_headers_and_bodies() {
     });
     let mut client = proxy.client();
     for answer in ANSWERS.lines() {
-        let response = client.ask_with("", answer).unwrap();
+        let response = client.post("", answer).unwrap();
         let [status, header, body] = parts(answer);
         assert_eq!(response.status().to_string(), status[..3]);
         assert_eq!(response.body, body.as_bytes(), "{answer}");
@@ -138,32 +138,32 @@ fn statuses_come_back_with_their_headers_and_bodies() {
         assert_eq!(response.head.sorted(), expected, "{why}: {answer}");
     }
     let why = "no redirect is followed, nothing is sent twice";
-    assert_eq!(upstream.seen().len(), ANSWERS.lines().count(), "{why}");
+    assert_eq!(upstream.requests().len(), ANSWERS.lines().count(), "{why}");
     assert_eq!(upstream.connections(), 1, "one connection does for all");
 }
 
 #[test]
 fn an_answer_without_a_body_or_a_length_or_after_others_comes_back_as_it_is() {
     let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n";
-    let (upstream, proxy) = serve(move |exchange| {
-        match exchange.body()? {
-        b"204" => exchange.send("HTTP/1.1 204 No Content\r\nX-Mine: 1\r\n\r\n"),
-        b"304" => exchange.send("HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n"),
+    let (upstream, proxy) = serve(move |request| {
+        match request.read_body()? {
+        b"204" => request.send("HTTP/1.1 204 No Content\r\nX-Mine: 1\r\n\r\n"),
+        b"304" => request.send("HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n"),
         // A length beside chunks is none, and trailer fields are left out.
-        b"202" => exchange.send(
+        b"202" => request.send(
             "HTTP/1.1 202 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Trailer: 1\r\n\r\n",
         ),
-        b"203" => exchange.send("HTTP/1.1 203 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
-        b"206" => exchange.send("HTTP/1.0 206 OK\r\nContent-Length: 2\r\n\r\n{}"),
-        b"207" => exchange.answer("207 OK", "Connection: close\r\n", b"{}"),
+        b"203" => request.send("HTTP/1.1 203 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
+        b"206" => request.send("HTTP/1.0 206 OK\r\nContent-Length: 2\r\n\r\n{}"),
+        b"207" => request.respond("207 OK", "Connection: close\r\n", b"{}"),
         b"200" => {
-            exchange.send(interim)?;
-            exchange.answer("200 OK", "", b"final")
+            request.send(interim)?;
+            request.respond("200 OK", "", b"final")
         }
         _ => {
-            exchange.send("HTTP/1.1 201 OK\r\n\r\nno length, ")?;
-            exchange.send("but an end")?;
-            exchange.close()
+            request.send("HTTP/1.1 201 OK\r\n\r\nno length, ")?;
+            request.send("but an end")?;
+            request.close()
         }
     }
     });
@@ -180,7 +180,7 @@ fn an_answer_without_a_body_or_a_length_or_after_others_comes_back_as_it_is() {
         ("201", "transfer-encoding: chunked", "no length, but an end"),
         ("200", "content-length: 5", "final"),
     ] {
-        let response = client.ask_with("", status).unwrap();
+        let response = client.post("", status).unwrap();
         assert_eq!(response.status().to_string(), status);
         assert_eq!(response.head.sorted(), [line], "{status}");
         assert_eq!(response.body, body.as_bytes(), "{status}");
@@ -191,9 +191,9 @@ fn an_answer_without_a_body_or_a_length_or_after_others_comes_back_as_it_is() {
 
 #[test]
 fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() {
-    let (_upstream, proxy) = serve(|exchange| {
-        exchange.body()?;
-        exchange.answer(
+    let (_upstream, proxy) = serve(|request| {
+        request.read_body()?;
+        request.respond(
             "200 OK",
             "Set-Cookie: a=1\r\nX-Between: 1\r\nSet-Cookie: b=2\r\nset-cookie: a=1\r\nServer: theirs\r\n\
              Date: Tue, 15 Nov 1994 08:12:31 GMT\r\nContent-Type: text/plain; charset=utf-8\r\nX-Empty:\r\n\
@@ -203,7 +203,7 @@ fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() 
             b"body",
         )
     });
-    let response = proxy.ask();
+    let response = proxy.post_default();
     let expected = "alt-svc: h3=\":443\"\ncf-ray: 1\ncontent-length: 4\ncontent-type: text/plain; charset=utf-8\n\
         date: Tue, 15 Nov 1994 08:12:31 GMT\nserver: theirs\nset-cookie: a=1\nset-cookie: b=2\nset-cookie: a=1\n\
         x-between: 1\nx-empty: \nx-latin: caf\u{c3}\u{a9}";
@@ -213,16 +213,16 @@ fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() 
 
 #[test]
 fn repairable_response_headers_are_repaired() {
-    let (_upstream, proxy) = serve(|exchange| {
-        exchange.body()?;
-        exchange.send(
+    let (_upstream, proxy) = serve(|request| {
+        request.read_body()?;
+        request.send(
             "HTTP/1.1 200 OK\r\nX-Blank : 1\r\nX-Tab\t: 2\r\nX-Folded: a\r\n  b\r\n\tc\r\n\
              Transfer-Encoding : chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
         )
     });
     let mut client = proxy.client();
     for _ in 0..2 {
-        let response = client.ask().unwrap();
+        let response = client.post_default().unwrap();
         assert_eq!(response.status(), 200);
         let expected = "transfer-encoding: chunked\nx-blank: 1\nx-folded: a b c\nx-tab: 2";
         let lines = response.head.sorted().join("\n");
@@ -233,9 +233,9 @@ fn repairable_response_headers_are_repaired() {
 
 #[test]
 fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
-    let (upstream, proxy) = serve(|exchange| {
-        exchange.body()?;
-        exchange.answer_events(&["data: 1\n\n", "data: 2\n\n"])
+    let (upstream, proxy) = serve(|request| {
+        request.read_body()?;
+        request.respond_with_events(&["data: 1\n\n", "data: 2\n\n"])
     });
     let among_others = "Connection: x\r\nConnection: y, CLOSE ,z\r\n";
     for (version, header, stays) in [
@@ -251,7 +251,7 @@ fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
         let head = client.post_head(&format!("{header}Content-Length: 2\r\n"));
         let head = head.replace("1.1\r", &format!("{version}\r"));
         client.send(head + "{}").unwrap();
-        let response = client.response().unwrap();
+        let response = client.read_response().unwrap();
         assert_eq!(response.status(), 200, "{name}");
         assert_eq!(response.body, b"data: 1\n\ndata: 2\n\n", "{name}");
         let chunked = response.head.get("transfer-encoding").is_some();
@@ -259,13 +259,13 @@ fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
         let said = response.head.get("connection");
         assert_eq!(said, (!stays).then_some("close"), "{name}");
         if stays {
-            assert_eq!(client.ask().unwrap().status(), 200, "{name}");
+            assert_eq!(client.post_default().unwrap().status(), 200, "{name}");
         } else {
-            assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+            assert_eq!(client.read_until_closed().unwrap(), b"", "{name}");
         }
     }
-    let is_of_1_1 = |seen: &Seen| seen.head.start == "POST /v1/responses HTTP/1.1";
-    assert!(upstream.seen().iter().all(is_of_1_1));
+    let is_of_1_1 = |seen: &RecordedRequest| seen.head.start == "POST /v1/responses HTTP/1.1";
+    assert!(upstream.requests().iter().all(is_of_1_1));
     let connections = upstream.connections();
     assert_eq!(connections, 1, "to the upstream, it stays in any case");
 }
@@ -278,7 +278,7 @@ fn requests_sent_before_the_answer_to_the_last_are_answered_in_order() {
     let requests: String = (0..20).map(request).collect();
     client.send(requests).unwrap();
     for number in 0..20 {
-        assert_eq!(client.response().unwrap().body.len(), number);
+        assert_eq!(client.read_response().unwrap().body.len(), number);
     }
 }
 
@@ -286,7 +286,7 @@ fn requests_sent_before_the_answer_to_the_last_are_answered_in_order() {
 fn the_upstream_urls_address_path_and_query_are_kept_to_the_letter() {
     let azure = "/openai/v1/responses?api-version=preview";
     let odd = "/a%2Fb/%c3%A9/?b=%2F&c&d=?/";
-    let (tls, plain) = (Upstream::start(ok), Upstream::plain(ok));
+    let (tls, plain) = (Upstream::start(ok), Upstream::start_plain(ok));
     for (upstream, host, path, target) in [
         (&tls, "localhost", azure, azure),
         (&tls, "localhost", odd, odd),
@@ -297,9 +297,9 @@ fn the_upstream_urls_address_path_and_query_are_kept_to_the_letter() {
     ] {
         let url = upstream.url().replace("/v1/responses", path);
         let url = url.replace("localhost", host);
-        let launch = Launch::new().trusting(upstream).url(&url);
-        assert_eq!(launch.start().ask().status(), 200, "{url}");
-        let head = upstream.seen().pop().unwrap().head;
+        let command = ProxyCommand::new().trust(upstream).url(&url);
+        assert_eq!(command.start().post_default().status(), 200, "{url}");
+        let head = upstream.requests().pop().unwrap().head;
         assert_eq!(head.start, format!("POST {target} HTTP/1.1"));
         let host = format!("{host}:{}", upstream.port);
         assert_eq!(head.get("host"), Some(host.as_str()), "{url}");
@@ -327,24 +327,24 @@ fn pieces() -> impl Iterator<Item = &'static [u8]> {
 
 #[test]
 fn large_bodies_and_answers_pass_whole() {
-    let (upstream, proxy) = serve(|exchange| {
-        exchange.body()?;
-        match exchange.seen.framing {
-            Framing::Chunked => exchange.answer_events(&pieces().collect::<Vec<_>>()),
-            _ => exchange.answer("200 OK", "", large()),
+    let (upstream, proxy) = serve(|request| {
+        request.read_body()?;
+        match request.recorded.framing {
+            Framing::Chunked => request.respond_with_events(&pieces().collect::<Vec<_>>()),
+            _ => request.respond("200 OK", "", large()),
         }
     });
     let mut client = proxy.client();
-    let answer = client.ask_with("", large()).unwrap();
+    let answer = client.post("", large()).unwrap();
     assert!(answer.head.get("content-length").is_some());
     assert!(answer.body == large(), "{} bytes", answer.body.len());
     client.send_head("Transfer-Encoding: chunked\r\n").unwrap();
     pieces().for_each(|piece| client.chunk(piece).unwrap());
     client.chunk("").unwrap();
-    let answer = client.response().unwrap();
+    let answer = client.read_response().unwrap();
     assert!(answer.head.get("transfer-encoding").is_some());
     assert!(answer.body == large(), "{} bytes", answer.body.len());
-    let seen = upstream.seen();
+    let seen = upstream.requests();
     assert_eq!(seen[0].framing, Framing::Length(LARGE as u64));
     assert_eq!(seen[1].framing, Framing::Chunked);
     assert!(seen.iter().all(|s| s.complete && s.body == large()));
@@ -352,13 +352,13 @@ fn large_bodies_and_answers_pass_whole() {
 
 #[test]
 fn every_request_is_one_line_in_the_log_that_shows_nothing_of_it() {
-    let (_upstream, mut proxy) = serve(|exchange| {
-        exchange.body()?;
-        exchange.answer("429 Too Many Requests", "X-Secret: hunter2\r\n", b"hunter2")
+    let (_upstream, mut proxy) = serve(|request| {
+        request.read_body()?;
+        request.respond("429 Too Many Requests", "X-Secret: hunter2\r\n", b"hunter2")
     });
     let mut client = proxy.client();
     let headers = "X-Secret: hunter2\r\nUser-Agent: hunter2\r\n";
-    let response = client.ask_with(headers, "hunter2 and more").unwrap();
+    let response = client.post(headers, "hunter2 and more").unwrap();
     assert_eq!(response.status(), 429);
     drop(client);
     let words = [" status=429 ", " in=16 ", " out=7", " ms="];

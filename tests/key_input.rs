@@ -16,8 +16,8 @@ const LONGEST: usize = 1024 - "Bearer ".len();
 
 /// The key that the upstream gets from this proxy.
 fn key_of(proxy: &Proxy, upstream: &Upstream) -> String {
-    assert_eq!(proxy.ask().status(), 200);
-    let head = upstream.seen().pop().unwrap().head;
+    assert_eq!(proxy.post_default().status(), 200);
+    let head = upstream.requests().pop().unwrap().head;
     let value = head.get("authorization").unwrap();
     value.strip_prefix("Bearer ").unwrap().to_owned()
 }
@@ -37,23 +37,27 @@ fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
         ("id:name|eyJh.e30.c2ln~1", " \n"),
         (&"t".repeat(4072), "\r\n"),
     ] {
-        let proxy = Launch::to(&upstream).input(format!("{key}{end}")).start();
+        let proxy = ProxyCommand::for_upstream(&upstream)
+            .stdin_bytes(format!("{key}{end}"))
+            .start();
         assert_eq!(key_of(&proxy, &upstream), key, "{end:?}");
     }
 
     // Each datagram is a read of its own; an empty one is the end.
     let (ours, theirs) = UnixDatagram::pair().unwrap();
-    let mut in_bytes = Launch::to(&upstream).stdin(OwnedFd::from(theirs)).spawn();
+    let mut in_bytes = ProxyCommand::for_upstream(&upstream)
+        .stdin(OwnedFd::from(theirs))
+        .spawn();
     KEY.bytes().for_each(|byte| _ = ours.send(&[byte]).unwrap());
     ours.send(b"").unwrap();
 
-    let folder = Folder::new();
-    let (file, line) = (folder.join("key"), format!("{KEY}\n"));
+    let dir = TestDir::new();
+    let (file, line) = (dir.join("key"), format!("{KEY}\n"));
     fs::write(&file, &line).unwrap();
-    let from_file = Launch::to(&upstream).stdin(File::open(file).unwrap());
+    let from_file = ProxyCommand::for_upstream(&upstream).stdin(File::open(file).unwrap());
 
     // A newline is enough: what comes later is not waited for.
-    let mut open = Launch::to(&upstream).input_later().spawn();
+    let mut open = ProxyCommand::for_upstream(&upstream).open_stdin().spawn();
     let mut stdin = open.stdin.take().unwrap();
     stdin.write_all(line.as_bytes()).unwrap();
     for proxy in [&mut in_bytes, &mut from_file.spawn(), &mut open] {
@@ -79,20 +83,20 @@ fn an_input_that_is_no_key_is_one_clear_sentence_that_does_not_repeat_it() {
     ] {
         let start = &input[..input.len().min(40)];
         let name = start.escape_ascii().to_string();
-        let launch = Launch::new().input(input);
-        let line = launch.assert_one_sentence(&name, 1, &["key"]);
+        let command = ProxyCommand::new().stdin_bytes(input);
+        let line = command.assert_startup_error(&name, 1, &["key"]);
         assert!(!line.contains("SeCrEt"), "{name}: {line}");
     }
-    let folder = Folder::new();
-    let closed = Launch::new().input_later();
-    let of = |file: io::Result<File>| Launch::new().stdin(file.unwrap());
-    for (name, launch) in [
-        ("closed", closed.before_start(|| Ok(nix::unistd::close(0)?))),
-        ("a folder", of(File::open(&*folder))),
+    let dir = TestDir::new();
+    let closed = ProxyCommand::new().open_stdin();
+    let of = |file: io::Result<File>| ProxyCommand::new().stdin(file.unwrap());
+    for (name, command) in [
+        ("closed", closed.pre_exec(|| Ok(nix::unistd::close(0)?))),
+        ("a dir", of(File::open(&*dir))),
         ("/dev/null", of(File::open("/dev/null"))),
-        ("for writing only", of(File::create(folder.join("sink")))),
+        ("for writing only", of(File::create(dir.join("sink")))),
     ] {
-        launch.assert_one_sentence(name, 1, &[]);
+        command.assert_startup_error(name, 1, &[]);
     }
 }
 
@@ -103,7 +107,9 @@ fn a_terminal_is_asked_for_the_key_without_echo_and_has_it_back_whatever_comes()
     let good = format!("{KEY}\n");
     for (typed, code) in [(&*good, Some(0)), ("sk SeCrEt\n", Some(1)), ("\x03", None)] {
         let terminal = Terminal::open();
-        let mut proxy = terminal.give_to(Launch::to(&upstream)).spawn();
+        let mut proxy = terminal
+            .give_to(ProxyCommand::for_upstream(&upstream))
+            .spawn();
         terminal.wait_for_echo(false);
         terminal.write(typed);
         if typed == good {
@@ -141,9 +147,9 @@ impl Terminal {
     }
 
     /// Makes it the stdin of the program, and its controlling terminal.
-    fn give_to(&self, launch: Launch) -> Launch {
-        let launch = launch.stdin(self.line.try_clone().unwrap());
-        launch.before_start(|| {
+    fn give_to(&self, command: ProxyCommand) -> ProxyCommand {
+        let command = command.stdin(self.line.try_clone().unwrap());
+        command.pre_exec(|| {
             // SAFETY: the call takes integers; descriptor 0 is the terminal by now.
             #[allow(unsafe_code)]
             match unsafe { libc::ioctl(0, libc::TIOCSCTTY as _, 0) } {

@@ -37,7 +37,7 @@ impl Tunnels {
     }
 
     fn serve(client: TcpStream, answer: &str, note: impl Fn(&[u8])) -> io::Result<()> {
-        client.set_read_timeout(Some(PATIENCE))?;
+        client.set_read_timeout(Some(TIMEOUT))?;
         let (mut from_client, mut to_client) = (&client, &client);
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -87,10 +87,12 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
         let upstream = Upstream::start(ok);
         let tunnels = Tunnels::start(ESTABLISHED);
         let url = tunnels.url.replace("//", &format!("//{user}"));
-        let proxy = Launch::to(&upstream).env(variable, url).start();
+        let proxy = ProxyCommand::for_upstream(&upstream)
+            .env(variable, url)
+            .start();
         let mut client = proxy.client();
         for _ in 0..3 {
-            assert_eq!(client.ask().unwrap().status(), 200, "{variable}");
+            assert_eq!(client.post_default().unwrap().status(), 200, "{variable}");
         }
         let came = tunnels.came();
         let [all] = came.as_slice() else {
@@ -107,7 +109,7 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
             assert!(!all.contains(hidden), "{variable}: TLS is end to end");
         }
         assert_eq!(upstream.connections(), 1, "{variable}");
-        let head = upstream.seen().remove(0).head;
+        let head = upstream.requests().remove(0).head;
         assert_eq!(head.all("authorization"), [format!("Bearer {KEY}")]);
         assert_eq!(head.get("proxy-authorization"), None);
         let log = proxy.stop().stderr.join("\n");
@@ -119,13 +121,13 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
 fn websocket_goes_through_the_proxy_encrypted() {
     let upstream = Upstream::start(echo_tunnel);
     let tunnels = Tunnels::start(ESTABLISHED);
-    let launch = Launch::to(&upstream).env("HTTPS_PROXY", &tunnels.url);
-    let proxy = launch.arg("--websocket").start();
+    let command = ProxyCommand::for_upstream(&upstream).env("HTTPS_PROXY", &tunnels.url);
+    let proxy = command.arg("--websocket").start();
     let mut client = open_tunnel(&proxy, "");
     client.send("a secret message").unwrap();
-    assert_eq!(client.receive(16).unwrap(), b"a secret message");
-    client.finish_sending();
-    assert_eq!(client.until_closed().unwrap(), b"");
+    assert_eq!(client.read_bytes(16).unwrap(), b"a secret message");
+    client.shutdown_write();
+    assert_eq!(client.read_until_closed().unwrap(), b"");
     let came = tunnels.came();
     let [all] = came.as_slice() else {
         panic!("not one tunnel but {came:#?}");
@@ -154,19 +156,23 @@ fn variables_say_what_is_reached_directly() {
         (PLAIN, "ALL_PROXY=WRONG"),
     ] {
         let upstream = match host {
-            PLAIN => Upstream::plain(ok),
+            PLAIN => Upstream::start_plain(ok),
             _ => Upstream::start(ok),
         };
         let [right, wrong] = [ESTABLISHED; 2].map(Tunnels::start);
         let name = host.split(',').next().unwrap();
         let url = upstream.url().replace("localhost", name);
-        let mut launch = Launch::new().url(&url).trusting(&upstream);
+        let mut command = ProxyCommand::new().url(&url).trust(&upstream);
         for variable in variables.split(';') {
             let (name, value) = variable.split_once('=').unwrap();
             let value = value.replace("RIGHT", &right.url);
-            launch = launch.env(name, value.replace("WRONG", &wrong.url));
+            command = command.env(name, value.replace("WRONG", &wrong.url));
         }
-        assert_eq!(launch.start().ask().status(), 200, "{host} {variables}");
+        assert_eq!(
+            command.start().post_default().status(),
+            200,
+            "{host} {variables}"
+        );
         let tunnels = (right.came().len(), wrong.came().len());
         let expected = usize::from(variables.contains("RIGHT"));
         assert_eq!(tunnels, (expected, 0), "{host} {variables}");
@@ -185,8 +191,10 @@ fn any_2xx_response_to_connect_opens_the_tunnel() {
     ] {
         let upstream = Upstream::start(ok);
         let url = Tunnels::start(answer).url;
-        let proxy = Launch::to(&upstream).env("HTTPS_PROXY", url).start();
-        assert_eq!(proxy.ask().status(), 200, "{answer:?}");
+        let proxy = ProxyCommand::for_upstream(&upstream)
+            .env("HTTPS_PROXY", url)
+            .start();
+        assert_eq!(proxy.post_default().status(), 200, "{answer:?}");
     }
 }
 
@@ -204,8 +212,10 @@ fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
     let proxies = answers.map(|answer| (answer, Tunnels::start(answer).url));
     for (name, url) in proxies.into_iter().chain([("no proxy there", nobody)]) {
         let upstream = Upstream::start(ok);
-        let mut proxy = Launch::to(&upstream).env("HTTPS_PROXY", url).start();
-        let response = proxy.ask();
+        let mut proxy = ProxyCommand::for_upstream(&upstream)
+            .env("HTTPS_PROXY", url)
+            .start();
+        let response = proxy.post_default();
         assert_eq!(response.status(), 502, "{name:?}");
         let line = proxy.wait_for_request("request ", &["status=502", "(proxy)"]);
         // The operator is told the status of the proxy's response.

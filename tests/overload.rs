@@ -29,53 +29,58 @@ fn idle_clients_and_half_sent_heads_keep_nobody_waiting() {
     };
     let mut half: Vec<_> = (0..200).map(begin).collect();
     let started = Instant::now();
-    assert_eq!(proxy.ask().status(), 200);
+    assert_eq!(proxy.post_default().status(), 200);
     let took = started.elapsed();
     // It takes milliseconds; a second is the promise, and the rest is for machines with other work to do.
     assert!(took < Duration::from_secs(10), "{took:?}");
     // They have not been forgotten either.
     for (client, rest) in &mut half {
         client.send(rest).unwrap();
-        assert_eq!(client.response().unwrap().status(), 200);
+        assert_eq!(client.read_response().unwrap().status(), 200);
     }
     for client in idle.iter_mut().step_by(100) {
-        assert_eq!(client.ask().unwrap().status(), 200);
+        assert_eq!(client.post_default().unwrap().status(), 200);
     }
 }
 
 #[test]
 fn more_clients_than_descriptors_wait_their_turn_and_it_neither_spins_nor_dies() {
     let upstream = Upstream::start(ok);
-    let folder = Folder::new();
-    let dumps = folder.join("dumps");
-    let dumping = Launch::to(&upstream).arg("--dump-dir").arg(&dumps);
+    let dir = TestDir::new();
+    let dumps = dir.join("dumps");
+    let dumping = ProxyCommand::for_upstream(&upstream)
+        .arg("--dump-dir")
+        .arg(&dumps);
     // The second time, most of them are taken by something that it knows nothing of.
-    for (launch, taken) in [(dumping, 0..0), (Launch::to(&upstream), 20..75)] {
+    for (command, taken) in [
+        (dumping, 0..0),
+        (ProxyCommand::for_upstream(&upstream), 20..75),
+    ] {
         let knows = taken.is_empty();
-        let mut proxy = limit_descriptors(launch, 80, taken).start();
+        let mut proxy = limit_descriptors(command, 80, taken).start();
         let clients = [(); 100].map(|()| proxy.client());
         if !knows {
             proxy.wait_for_line(|line| line.contains("cannot accept"));
         }
         let mut waiting = proxy.client();
-        waiting.post("", "{}").unwrap();
-        assert_sleeps(&proxy);
+        waiting.send_post("", "{}").unwrap();
+        assert_idle(&proxy);
         waiting.socket().set_nonblocking(true).unwrap();
         let held_back = waiting.socket().peek(&mut [0]).unwrap_err();
         assert_eq!(held_back.kind(), ErrorKind::WouldBlock);
         waiting.socket().set_nonblocking(false).unwrap();
         assert!(proxy.is_running());
         drop(clients);
-        assert_eq!(waiting.response().unwrap().status(), 200);
-        assert_eq!(waiting.ask().unwrap().status(), 200);
+        assert_eq!(waiting.read_response().unwrap().status(), 200);
+        assert_eq!(waiting.post_default().unwrap().status(), 200);
         if knows {
             // As many at once as find room: none fails for want of a descriptor to the upstream or for its dump.
             let mut clients = [(); 100].map(|()| proxy.client());
             for client in &mut clients {
-                client.post("Connection: close\r\n", "{}").unwrap();
+                client.send_post("Connection: close\r\n", "{}").unwrap();
             }
             for client in &mut clients {
-                assert_eq!(client.response().unwrap().status(), 200);
+                assert_eq!(client.read_response().unwrap().status(), 200);
             }
         }
     }
@@ -84,57 +89,57 @@ fn more_clients_than_descriptors_wait_their_turn_and_it_neither_spins_nor_dies()
 #[test]
 fn it_raises_its_descriptor_limit_as_far_as_it_may() {
     let (_, hard) = getrlimit(RLIMIT_NOFILE).unwrap();
-    let launch = Launch::new().before_start(move || Ok(setrlimit(RLIMIT_NOFILE, 64, hard)?));
-    let proxy = launch.start();
+    let command = ProxyCommand::new().pre_exec(move || Ok(setrlimit(RLIMIT_NOFILE, 64, hard)?));
+    let proxy = command.start();
     let limit = process(&proxy).limits().unwrap().max_open_files;
     let raised = matches!(limit.soft_limit, LimitValue::Value(soft) if soft == hard);
     assert!(raised || hard == RLIM_INFINITY, "{limit:?}");
 }
 
 /// Sends one event and waits for the client to leave, which it tells.
-fn abandoned(exchange: &mut Exchange<'_>, tell: &Sender<bool>) -> io::Result<()> {
-    exchange.begin_events()?;
-    exchange.chunk("data: 1\n\n")?;
-    tell.send(exchange.wait_until_left().is_ok()).unwrap();
+fn abandoned(request: &mut UpstreamRequest<'_>, tell: &Sender<bool>) -> io::Result<()> {
+    request.start_events()?;
+    request.chunk("data: 1\n\n")?;
+    tell.send(request.wait_until_closed().is_ok()).unwrap();
     Err(ErrorKind::ConnectionAborted.into())
 }
 
 #[test]
 fn streams_that_are_abandoned_at_once_leave_nothing_behind() {
     const STREAMS: usize = 100;
-    if !is_root_for("counting the proxy's descriptors") {
+    if !require_root("counting the proxy's descriptors") {
         return;
     }
     raise_descriptor_limit(1_000);
-    let (tell, left) = telling();
-    let (_upstream, proxy) = serve(move |exchange| match exchange.body()? {
-        b"stream" => abandoned(exchange, &tell),
-        _ => ok(exchange),
+    let (tell, left) = channel();
+    let (_upstream, proxy) = serve(move |request| match request.read_body()? {
+        b"stream" => abandoned(request, &tell),
+        _ => ok(request),
     });
     let mut good = proxy.client();
-    good.ask().unwrap();
-    let before = descriptors(&proxy);
+    good.post_default().unwrap();
+    let before = count_descriptors(&proxy);
     let memory = [(); 5].map(|()| {
         let mut clients: Vec<_> = (0..STREAMS).map(|_| proxy.client()).collect();
         for client in &mut clients {
-            client.post("", "stream").unwrap();
-            client.head().unwrap();
-            client.piece().unwrap().unwrap();
+            client.send_post("", "stream").unwrap();
+            client.read_head().unwrap();
+            client.read_part().unwrap().unwrap();
         }
         // The first one's way to the upstream was there before.
-        assert_eq!(descriptors(&proxy), before + 2 * STREAMS - 1);
+        assert_eq!(count_descriptors(&proxy), before + 2 * STREAMS - 1);
         for client in clients.drain(STREAMS / 2..) {
             client.reset();
         }
         drop(clients);
         for _ in 0..STREAMS {
-            assert!(left.wait().unwrap());
+            assert!(left.recv().unwrap());
         }
         wait_until("their descriptors are closed", || {
-            good.ask().unwrap();
-            descriptors(&proxy) <= before
+            good.post_default().unwrap();
+            count_descriptors(&proxy) <= before
         });
-        memory(&proxy).0
+        memory_usage(&proxy).0
     });
     // Each of the 400 streams after the first round would have left 5 KiB or less.
     assert!(memory[4] < memory[0] + 2 * MIB, "{memory:?}");
@@ -143,21 +148,23 @@ fn streams_that_are_abandoned_at_once_leave_nothing_behind() {
 #[test]
 fn thousands_of_requests_leave_memory_level() {
     const ROUNDS: usize = 100;
-    let (tell, left) = telling();
-    let upstream = Upstream::start(move |exchange| match exchange.body()?.to_vec().as_slice() {
-        b"" if exchange.header("x-leaves") == "upstream" => {
-            exchange.switch("", b"x")?;
-            exchange.close()
-        }
-        b"" => echo_tunnel(exchange),
-        b"stream" => abandoned(exchange, &tell),
-        b"break" => {
-            exchange.send("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this")?;
-            exchange.cut()
-        }
-        b"nothing" => exchange.close(),
-        _ => ok(exchange),
-    });
+    let (tell, left) = channel();
+    let upstream = Upstream::start(
+        move |request| match request.read_body()?.to_vec().as_slice() {
+            b"" if request.header("x-leaves") == "upstream" => {
+                request.switch_protocols("", b"x")?;
+                request.close()
+            }
+            b"" => echo_tunnel(request),
+            b"stream" => abandoned(request, &tell),
+            b"break" => {
+                request.send("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this")?;
+                request.close_abruptly()
+            }
+            b"nothing" => request.close(),
+            _ => ok(request),
+        },
+    );
     let proxy = start_with_websocket(&upstream);
     let mut kept = proxy.client();
     let mut rounds = |count| {
@@ -165,25 +172,25 @@ fn thousands_of_requests_leave_memory_level() {
             let leaves = ["client", "upstream"][round % 2];
             let mut tunnel = open_tunnel(&proxy, &format!("X-Leaves: {leaves}\r\n"));
             tunnel.send("x").unwrap();
-            tunnel.receive(1).unwrap();
+            tunnel.read_bytes(1).unwrap();
             drop(tunnel);
             for _ in 0..5 {
-                assert_eq!(kept.ask().unwrap().status(), 200);
+                assert_eq!(kept.post_default().unwrap().status(), 200);
             }
-            assert_eq!(proxy.ask().status(), 200);
-            assert_eq!(kept.ask_with("", "nothing").unwrap().status(), 502);
+            assert_eq!(proxy.post_default().status(), 200);
+            assert_eq!(kept.post("", "nothing").unwrap().status(), 502);
             assert_eq!(kept.status_of("GET /").unwrap(), 403);
             let [mut malformed, mut broken, mut leaves] = [(); 3].map(|()| proxy.client());
             malformed.send("no HTTP\r\n\r\n").unwrap();
-            malformed.until_closed().unwrap();
-            broken.post("", "break").unwrap();
-            broken.response().unwrap_err();
-            leaves.post("", "stream").unwrap();
-            leaves.head().unwrap();
+            malformed.read_until_closed().unwrap();
+            broken.send_post("", "break").unwrap();
+            broken.read_response().unwrap_err();
+            leaves.send_post("", "stream").unwrap();
+            leaves.read_head().unwrap();
             drop(leaves);
-            assert!(left.wait().unwrap());
+            assert!(left.recv().unwrap());
         }
-        memory(&proxy).0
+        memory_usage(&proxy).0
     };
     rounds(ROUNDS / 3);
     let (half, whole) = (rounds(ROUNDS), rounds(ROUNDS));
@@ -221,11 +228,11 @@ impl Flood {
     /// Waits until it is stuck, and makes sure that the proxy isn't what has taken it all.
     fn assert_gets_stuck(&self, proxy: &Proxy, before: u64) {
         wait_until("it has begun", || self.sent() > MIB);
-        wait_until_still(proxy, || self.sent());
+        wait_until_idle(proxy, || self.sent());
         assert!(self.sent() < STUCK, "{} bytes went in", self.sent());
-        let grown = memory(proxy).1.saturating_sub(before);
+        let grown = memory_usage(&proxy).1.saturating_sub(before);
         assert!(grown < 8 * MIB, "{grown} bytes more");
-        assert_eq!(proxy.ask().status(), 200);
+        assert_eq!(proxy.post_default().status(), 200);
         self.enough.store(true, SeqCst);
     }
 }
@@ -234,49 +241,50 @@ impl Flood {
 fn a_slow_reader_of_a_fast_stream_slows_the_upstream_down() {
     let flood = Arc::new(Flood::default());
     let upstreams = flood.clone();
-    let (_upstream, proxy) = serve(move |exchange| {
-        if exchange.body()? != b"flood" {
-            return ok(exchange);
+    let (_upstream, proxy) = serve(move |request| {
+        if request.read_body()? != b"flood" {
+            return ok(request);
         }
-        exchange.begin_events()?;
-        upstreams.run(|piece| exchange.chunk(piece))?;
-        exchange.chunk("")
+        request.start_events()?;
+        upstreams.run(|piece| request.chunk(piece))?;
+        request.chunk("")
     });
     let mut client = proxy.client();
-    client.ask().unwrap();
-    let before = memory(&proxy).1;
-    client.post("", "flood").unwrap();
-    client.head().unwrap();
+    client.post_default().unwrap();
+    let before = memory_usage(&proxy).1;
+    client.send_post("", "flood").unwrap();
+    client.read_head().unwrap();
     flood.assert_gets_stuck(&proxy, before);
-    assert_eq!(client.rest().unwrap().len() as u64, flood.sent());
+    assert_eq!(client.read_rest().unwrap().len() as u64, flood.sent());
 }
 
 #[test]
 fn websocket_with_a_slow_reader_slows_the_sender_down() {
-    let (go_on, held) = telling();
-    let (tell, count) = telling();
+    let (go_on, held) = channel();
+    let (tell, count) = channel();
     let flood = Arc::new(Flood::default());
     let upstreams = flood.clone();
-    let upstream = Upstream::start(move |exchange| match exchange.header("x-sends").as_str() {
-        "" => ok(exchange),
+    let upstream = Upstream::start(move |request| match request.header("x-sends").as_str() {
+        "" => ok(request),
         "client" => {
-            exchange.switch("", b"")?;
-            held.wait()?;
-            tell.send(exchange.until_closed()?.len() as u64).unwrap();
-            exchange.close()
+            request.switch_protocols("", b"")?;
+            held.recv()?;
+            tell.send(request.read_until_closed()?.len() as u64)
+                .unwrap();
+            request.close()
         }
         _ => {
-            exchange.switch("", b"")?;
-            upstreams.run(|piece| exchange.send(piece))?;
-            exchange.close()
+            request.switch_protocols("", b"")?;
+            upstreams.run(|piece| request.send(piece))?;
+            request.close()
         }
     });
     let proxy = start_with_websocket(&upstream);
-    assert_eq!(proxy.ask().status(), 200);
-    let before = memory(&proxy).1;
+    assert_eq!(proxy.post_default().status(), 200);
+    let before = memory_usage(&proxy).1;
     let mut client = open_tunnel(&proxy, "X-Sends: upstream\r\n");
     flood.assert_gets_stuck(&proxy, before);
-    let came = client.until_closed().unwrap().len() as u64;
+    let came = client.read_until_closed().unwrap().len() as u64;
     assert_eq!(came, flood.sent());
 
     let flood = Flood::default();
@@ -284,28 +292,28 @@ fn websocket_with_a_slow_reader_slows_the_sender_down() {
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             flood.run(|piece| client.send(piece))?;
-            client.finish_sending();
-            client.until_closed()
+            client.shutdown_write();
+            client.read_until_closed()
         });
         flood.assert_gets_stuck(&proxy, before);
         go_on.send(()).unwrap();
         assert_eq!(sender.join().unwrap().unwrap(), b"");
     });
-    assert_eq!(count.wait().unwrap(), flood.sent());
+    assert_eq!(count.recv().unwrap(), flood.sent());
 }
 
 #[test]
 fn a_slow_upstream_slows_a_fast_upload_down() {
-    let (go_on, held) = telling();
-    let (upstream, proxy) = serve(move |exchange| {
-        if !exchange.header("x-flood").is_empty() {
-            held.wait()?;
+    let (go_on, held) = channel();
+    let (upstream, proxy) = serve(move |request| {
+        if !request.header("x-flood").is_empty() {
+            held.recv()?;
         }
-        ok(exchange)
+        ok(request)
     });
     let mut client = proxy.client();
-    client.ask().unwrap();
-    let before = memory(&proxy).1;
+    client.post_default().unwrap();
+    let before = memory_usage(&proxy).1;
     let flood = Flood::default();
     let answer = thread::scope(|scope| {
         let sender = scope.spawn(|| {
@@ -313,13 +321,16 @@ fn a_slow_upstream_slows_a_fast_upload_down() {
             client.send_head(headers)?;
             flood.run(|piece| client.chunk(piece))?;
             client.chunk("")?;
-            client.response()
+            client.read_response()
         });
         flood.assert_gets_stuck(&proxy, before);
         go_on.send(()).unwrap();
         sender.join().unwrap()
     });
     assert_eq!(answer.unwrap().status(), 200);
-    let came = upstream.seen().into_iter().find(|seen| seen.body != b"{}");
+    let came = upstream
+        .requests()
+        .into_iter()
+        .find(|seen| seen.body != b"{}");
     assert_eq!(came.unwrap().body.len() as u64, flood.sent());
 }

@@ -28,7 +28,7 @@ fn is_dumpable(proxy: &Proxy) -> bool {
 
 #[test]
 fn drops_root_groups_and_capabilities_before_serving() {
-    if !is_root_for("dropping root") {
+    if !require_root("dropping root") {
         return;
     }
     let (_upstream, proxy) = serve(ok);
@@ -36,17 +36,17 @@ fn drops_root_groups_and_capabilities_before_serving() {
     assert_eq!(ids(&proxy), ([id; 4], [id; 4], 0));
     assert_eq!(process(&proxy).status().unwrap().groups, [0; 0]);
     assert!(!is_dumpable(&proxy));
-    assert_eq!(proxy.ask().status(), 200);
+    assert_eq!(proxy.post_default().status(), 200);
 }
 
 #[test]
 fn dropped_user_cannot_reach_what_is_roots() {
-    if !is_root_for("dropping root") {
+    if !require_root("dropping root") {
         return;
     }
-    let proxy = Launch::new().start();
-    let folder = Folder::new();
-    let (file, socket) = (folder.join("file"), folder.join("socket"));
+    let proxy = ProxyCommand::new().start();
+    let dir = TestDir::new();
+    let (file, socket) = (dir.join("file"), dir.join("socket"));
     fs::write(&file, "").unwrap();
     let _listener = UnixListener::bind(&socket).unwrap();
     for path in [&file, &socket] {
@@ -70,27 +70,27 @@ fn dropped_user_cannot_reach_what_is_roots() {
 
 #[test]
 fn stays_root_with_a_log_line_where_it_must() {
-    if !is_root_for("staying root") {
+    if !require_root("staying root") {
         return;
     }
     let upstream = Upstream::start(ok);
-    let folder = Folder::new();
-    let dumping = Launch::to(&upstream)
+    let dir = TestDir::new();
+    let dumping = ProxyCommand::for_upstream(&upstream)
         .arg("--dump-dir")
-        .arg(folder.join("dumps"));
-    let incapable = Launch::to(&upstream).before_start(|| {
+        .arg(dir.join("dumps"));
+    let incapable = ProxyCommand::for_upstream(&upstream).pre_exec(|| {
         const CAP_SETUID: libc::c_ulong = 7;
         // SAFETY: the call takes integers only.
         #[allow(unsafe_code)]
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SETUID, 0, 0, 0) };
         Errno::result(result).map(drop).map_err(io::Error::from)
     });
-    for (launch, reason) in [(dumping, "--dump-dir"), (incapable, "EPERM")] {
-        let proxy = launch.start();
+    for (command, reason) in [(dumping, "--dump-dir"), (incapable, "EPERM")] {
+        let proxy = command.start();
         let is_reason = |line: &&String| line.starts_with("stays root: ") && line.contains(reason);
         assert_eq!(proxy.log.iter().filter(is_reason).count(), 1, "{reason}");
         assert_eq!(ids(&proxy).0, [0; 4], "{reason}");
         assert!(!is_dumpable(&proxy), "{reason}");
-        assert_eq!(proxy.ask().status(), 200, "{reason}");
+        assert_eq!(proxy.post_default().status(), 200, "{reason}");
     }
 }

@@ -14,46 +14,50 @@ fn event(number: usize) -> String {
 
 #[test]
 fn each_event_is_with_the_client_before_the_next_is_sent() {
-    let (arrived, told) = telling();
-    let upstream = Upstream::start(move |exchange| {
-        exchange.body()?;
-        exchange.begin_events()?;
+    let (arrived, told) = channel();
+    let upstream = Upstream::start(move |request| {
+        request.read_body()?;
+        request.start_events()?;
         for number in 0..EVENTS {
             // If the proxy held the head or the last event back, both ends would wait until the test fails.
-            told.wait()?;
-            exchange.chunk(event(number))?;
+            told.recv()?;
+            request.chunk(event(number))?;
         }
-        exchange.chunk("")
+        request.chunk("")
     });
-    let folder = Folder::new();
-    let dumping = Launch::to(&upstream).arg("--dump-dir");
-    let dumping = dumping.arg(folder.join("dumps"));
-    for launch in [Launch::to(&upstream), dumping] {
-        let proxy = launch.start();
+    let dir = TestDir::new();
+    let dumping = ProxyCommand::for_upstream(&upstream).arg("--dump-dir");
+    let dumping = dumping.arg(dir.join("dumps"));
+    for command in [ProxyCommand::for_upstream(&upstream), dumping] {
+        let proxy = command.start();
         let mut client = proxy.client();
-        client.post("", "{}").unwrap();
-        assert_eq!(client.head().unwrap().status(), 200);
+        client.send_post("", "{}").unwrap();
+        assert_eq!(client.read_head().unwrap().status(), 200);
         for number in 0..EVENTS {
             arrived.send(()).unwrap();
             let expected = event(number).into_bytes();
             let mut come = Vec::new();
             while come.len() < expected.len() {
-                come.extend(client.piece().unwrap().expect("an event"));
+                come.extend(client.read_part().unwrap().expect("an event"));
             }
             assert_eq!(come, expected, "event {number}");
         }
-        assert_eq!(client.piece().unwrap(), None, "the answer ends properly");
+        assert_eq!(
+            client.read_part().unwrap(),
+            None,
+            "the answer ends properly"
+        );
     }
 }
 
 #[test]
 fn the_first_byte_of_a_slow_body_is_with_the_upstream_before_the_second() {
-    let (tell, arrived) = telling();
-    let (upstream, proxy) = serve(move |exchange| {
-        while let Some(piece) = exchange.piece()? {
+    let (tell, arrived) = channel();
+    let (upstream, proxy) = serve(move |request| {
+        while let Some(piece) = request.read_part()? {
             tell.send(piece).unwrap();
         }
-        ok(exchange)
+        ok(request)
     });
     for chunked in [false, true] {
         let mut client = proxy.client();
@@ -64,12 +68,16 @@ fn the_first_byte_of_a_slow_body_is_with_the_upstream_before_the_second() {
                 true => client.chunk(byte).unwrap(),
                 false => client.send(byte).unwrap(),
             }
-            assert_eq!(arrived.wait().unwrap(), byte.as_bytes(), "{chunked}");
+            assert_eq!(arrived.recv().unwrap(), byte.as_bytes(), "{chunked}");
         }
         client.send(if chunked { "0\r\n\r\n" } else { "" }).unwrap();
-        assert_eq!(client.response().unwrap().status(), 200, "{chunked}");
+        assert_eq!(client.read_response().unwrap().status(), 200, "{chunked}");
     }
-    let framings: Vec<_> = upstream.seen().iter().map(|seen| seen.framing).collect();
+    let framings: Vec<_> = upstream
+        .requests()
+        .iter()
+        .map(|seen| seen.framing)
+        .collect();
     assert_eq!(framings, [Framing::Length(3), Framing::Chunked]);
 }
 
@@ -84,23 +92,23 @@ fn five_hundred_streams_at_once_arrive_whole() {
         (1..=16).map(piece).collect()
     };
     let all_open = Barrier::new(STREAMS);
-    let (upstream, proxy) = serve(move |exchange| {
-        let pieces = pieces(std::str::from_utf8(exchange.body()?).unwrap());
-        exchange.begin_events()?;
-        exchange.chunk(&pieces[0])?;
+    let (upstream, proxy) = serve(move |request| {
+        let pieces = pieces(std::str::from_utf8(request.read_body()?).unwrap());
+        request.start_events()?;
+        request.chunk(&pieces[0])?;
         // No stream goes on before every stream has begun.
         all_open.wait();
         let mut rest = pieces[1..].iter();
-        rest.try_for_each(|piece| exchange.chunk(piece))?;
-        exchange.chunk("")
+        rest.try_for_each(|piece| request.chunk(piece))?;
+        request.chunk("")
     });
     let request = |number| format!("request {number}");
     let mut clients: Vec<_> = (0..STREAMS).map(|_| proxy.client()).collect();
     for (number, client) in clients.iter_mut().enumerate() {
-        client.post("", request(number)).unwrap();
+        client.send_post("", request(number)).unwrap();
     }
     for (number, client) in clients.iter_mut().enumerate() {
-        let response = client.response().unwrap();
+        let response = client.read_response().unwrap();
         assert_eq!(response.status(), 200);
         let whole = pieces(&request(number)).concat();
         assert!(response.body == whole.as_bytes(), "{number} is not whole");
@@ -129,32 +137,32 @@ const STALLS: [(&str, &str); 10] = [
 
 #[test]
 fn a_client_that_leaves_ends_the_upstream_request_at_once() {
-    let (tell, told) = telling();
-    let (go_on, held) = telling();
-    let (_upstream, mut proxy) = serve(move |exchange| {
-        let Ok(number) = exchange.header("x-stall").parse::<usize>() else {
-            return ok(exchange);
+    let (tell, told) = channel();
+    let (go_on, held) = channel();
+    let (_upstream, mut proxy) = serve(move |request| {
+        let Ok(number) = request.header("x-stall").parse::<usize>() else {
+            return ok(request);
         };
         if number == STALLS.len() {
-            exchange.body()?;
-            exchange.begin_events()?;
-            exchange.chunk("data: 1\n\n")?;
-            held.wait()?;
-            exchange.chunk("data: 2\n\n")?;
-            return exchange.chunk("");
+            request.read_body()?;
+            request.start_events()?;
+            request.chunk("data: 1\n\n")?;
+            held.recv()?;
+            request.chunk("data: 2\n\n")?;
+            return request.chunk("");
         }
         let (client, answer) = STALLS[number];
         let left = if client.starts_with("sends") {
-            exchange.piece()?;
+            request.read_part()?;
             tell.send("stalls").unwrap();
-            exchange.body().is_err()
+            request.read_body().is_err()
         } else {
-            exchange.body()?;
-            exchange.send(answer)?;
+            request.read_body()?;
+            request.send(answer)?;
             tell.send("stalls").unwrap();
             let event = "x".repeat(10_000);
-            while client == "reads a flood" && exchange.chunk(&event).is_ok() {}
-            client == "reads a flood" || exchange.wait_until_left().is_ok()
+            while client == "reads a flood" && request.chunk(&event).is_ok() {}
+            client == "reads a flood" || request.wait_until_closed().is_ok()
         };
         let how = if left { "left" } else { "not left" };
         tell.send(how).unwrap();
@@ -162,7 +170,7 @@ fn a_client_that_leaves_ends_the_upstream_request_at_once() {
     });
     let mut stays = proxy.client();
     let header = format!("X-Stall: {}\r\n", STALLS.len());
-    stays.post(&header, "{}").unwrap();
+    stays.send_post(&header, "{}").unwrap();
     for how in ["closes", "resets"] {
         let mut clients = Vec::new();
         for (number, (does, _)) in STALLS.into_iter().enumerate() {
@@ -173,24 +181,28 @@ fn a_client_that_leaves_ends_the_upstream_request_at_once() {
             match does {
                 "sends a body" => client.send(length + "part").unwrap(),
                 "sends chunks" => client.send(chunks + "4\r\npart\r\n").unwrap(),
-                _ => client.post(&header, "{}").unwrap(),
+                _ => client.send_post(&header, "{}").unwrap(),
             }
-            assert_eq!(told.wait().unwrap(), "stalls", "{number}");
+            assert_eq!(told.recv().unwrap(), "stalls", "{number}");
             if does.starts_with("reads") || does.starts_with("has") {
-                client.head().unwrap();
+                client.read_head().unwrap();
             }
             if does.starts_with("reads") {
-                client.piece().unwrap();
+                client.read_part().unwrap();
             }
             clients.push(client);
         }
-        assert_eq!(proxy.ask().status(), 200, "while all of them stall");
+        assert_eq!(
+            proxy.post_default().status(),
+            200,
+            "while all of them stall"
+        );
         for (number, client) in clients.into_iter().enumerate() {
             match how {
                 "closes" => drop(client),
                 _ => client.reset(),
             }
-            let left = told.within(AT_ONCE).unwrap();
+            let left = told.recv_timeout(PROMPT).unwrap();
             assert_eq!(left, "left", "{number}: a client that {how}");
             // Of a body that breaks off it can't be told who broke it.
             let end = match STALLS[number].0.starts_with("sends") {
@@ -198,10 +210,13 @@ fn a_client_that_leaves_ends_the_upstream_request_at_once() {
                 false => "error=\"client left\"",
             };
             proxy.wait_for_line(|line| line.contains(end));
-            assert_eq!(proxy.ask().status(), 200, "after {number}");
+            assert_eq!(proxy.post_default().status(), 200, "after {number}");
         }
     }
     // One that stayed all the while has its stream to the end.
     go_on.send(()).unwrap();
-    assert_eq!(stays.response().unwrap().body, b"data: 1\n\ndata: 2\n\n");
+    assert_eq!(
+        stays.read_response().unwrap().body,
+        b"data: 1\n\ndata: 2\n\n"
+    );
 }

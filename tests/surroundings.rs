@@ -15,42 +15,42 @@ fn an_upstream_of_tls_1_2_and_one_of_hybrid_key_exchange_alone_are_served() {
     hybrid.kx_groups = vec![X25519MLKEM768];
     for (provider, version) in [(aws_lc_rs::default_provider(), &TLS12), (hybrid, &TLS13)] {
         let upstream = Upstream::with_tls(provider, &[version], &["localhost"], |_| {}, ok);
-        let proxy = Launch::to(&upstream).start();
-        assert_eq!(proxy.ask().status(), 200, "{version:?}");
+        let proxy = ProxyCommand::for_upstream(&upstream).start();
+        assert_eq!(proxy.post_default().status(), 200, "{version:?}");
     }
 }
 
 #[test]
 fn company_ca_is_trusted_by_flag_or_variable() {
     let (upstream, other) = (Upstream::start(ok), Upstream::start(ok));
-    let (ca, other) = (upstream.authority().unwrap(), other.authority().unwrap());
+    let (ca, other) = (upstream.ca_file().unwrap(), other.ca_file().unwrap());
     // A bundle may have certificates that are of no use.
-    let folder = Folder::new();
-    let bundle = folder.join("bundle.pem");
+    let dir = TestDir::new();
+    let bundle = dir.join("bundle.pem");
     let unusable = "-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n";
     fs::write(
         &bundle,
         unusable.to_owned() + &fs::read_to_string(&ca).unwrap(),
     )
     .unwrap();
-    let launch = |codex: &Path, ssl: &Path| {
-        let launch = Launch::new().url(&upstream.url());
-        launch
+    let command = |codex: &Path, ssl: &Path| {
+        let command = ProxyCommand::new().url(&upstream.url());
+        command
             .env("CODEX_CA_CERTIFICATE", codex)
             .env("SSL_CERT_FILE", ssl)
     };
     let unset = Path::new("");
-    for (name, launch, expected) in [
-        ("CODEX_CA_CERTIFICATE", launch(&ca, unset), 200),
-        ("SSL_CERT_FILE", launch(unset, &ca), 200),
-        ("a bundle", launch(unset, &bundle), 200),
-        ("both", launch(&ca, &other), 200),
-        ("the other first", launch(&other, &ca), 502),
-        ("a flag", launch(&other, &other).trusting(&upstream), 200),
-        ("neither", launch(unset, unset), 502),
+    for (name, command, expected) in [
+        ("CODEX_CA_CERTIFICATE", command(&ca, unset), 200),
+        ("SSL_CERT_FILE", command(unset, &ca), 200),
+        ("a bundle", command(unset, &bundle), 200),
+        ("both", command(&ca, &other), 200),
+        ("the other first", command(&other, &ca), 502),
+        ("a flag", command(&other, &other).trust(&upstream), 200),
+        ("neither", command(unset, unset), 502),
     ] {
-        let mut proxy = launch.start();
-        assert_eq!(proxy.ask().status(), expected, "{name}");
+        let mut proxy = command.start();
+        assert_eq!(proxy.post_default().status(), expected, "{name}");
         let line = proxy.wait_for_request("request ", &[]);
         let names = ["--upstream-ca", "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"];
         for source in names {
@@ -75,11 +75,11 @@ mod linux {
     fn a_stderr_that_nobody_reads_loses_lines_and_holds_nobody_up() {
         let upstream = Upstream::start(ok);
         let (mut unread, stderr) = std::io::pipe().unwrap();
-        let port = free_port();
-        let launch = Launch::to(&upstream).args(["--port", &port.to_string()]);
+        let port = unused_port();
+        let command = ProxyCommand::for_upstream(&upstream).args(["--port", &port.to_string()]);
         let into = stderr.as_raw_fd();
-        let launch = launch.before_start(move || duplicate(into, nix::libc::STDERR_FILENO));
-        let mut proxy = launch.spawn();
+        let command = command.pre_exec(move || dup2(into, nix::libc::STDERR_FILENO));
+        let mut proxy = command.spawn();
         drop(stderr);
         proxy.port = port;
         let listens = || TcpStream::connect(("127.0.0.1", port)).is_ok();
@@ -89,7 +89,7 @@ mod linux {
         for _ in 0..1000 {
             assert_eq!(client.status_of("GET /").unwrap(), 403);
         }
-        assert_eq!(client.ask().unwrap().status(), 200);
+        assert_eq!(client.post_default().unwrap().status(), 200);
         unread.read_exact(&mut [0; 1 << 15]).unwrap();
         assert_eq!(client.status_of("GET /").unwrap(), 403);
         proxy.signal(Signal::SIGTERM);
@@ -104,7 +104,7 @@ mod linux {
     /// Runs something in a network of its own, with nothing but the loopback device, whose addresses are 127.0.0.1 and
     /// 192.0.2.1. Root only.
     fn in_a_network_of_its_own(what: &'static str, run: fn(&str)) {
-        if !is_root_for(what) {
+        if !require_root(what) {
             return;
         }
         let outcome = thread::spawn(move || {
@@ -127,7 +127,7 @@ mod linux {
     fn a_peer_whose_address_is_not_loopback_is_dropped() {
         in_a_network_of_its_own("a peer with another address", |_| {
             let upstream = Upstream::start(ok);
-            let proxy = Launch::to(&upstream).start();
+            let proxy = ProxyCommand::for_upstream(&upstream).start();
             // As a neighbour's comes in where `route_localnet` is on.
             let (kind, close) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
             let neighbour = socket(AddressFamily::Inet, kind, close, None).unwrap();
@@ -135,14 +135,14 @@ mod linux {
             let to = SockaddrIn::new(127, 0, 0, 1, proxy.port);
             connect(neighbour.as_raw_fd(), &to).unwrap();
             let mut neighbour = TcpStream::from(neighbour);
-            neighbour.set_read_timeout(Some(PATIENCE)).unwrap();
+            neighbour.set_read_timeout(Some(TIMEOUT)).unwrap();
             let _ = neighbour.write_all(b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n");
             let mut came = Vec::new();
             let end = neighbour.read_to_end(&mut came);
             assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
             assert_eq!(came, b"");
-            assert_eq!(proxy.ask().status(), 200);
-            assert_eq!(upstream.seen().len(), 1);
+            assert_eq!(proxy.post_default().status(), 200);
+            assert_eq!(upstream.requests().len(), 1);
         });
     }
 
@@ -152,14 +152,15 @@ mod linux {
             let elsewhere = TcpListener::bind("192.0.2.1:0").unwrap();
             let port = elsewhere.local_addr().unwrap().port();
             let url = format!("http://localhost:{port}/");
-            let folder = Folder::new();
-            let hosts = folder.join("hosts");
+            let dir = TestDir::new();
+            let hosts = dir.join("hosts");
             fs::write(&hosts, "192.0.2.1 localhost\n").unwrap();
             let mounts = vec![Mount::File(hosts, "/etc/hosts".into())];
-            let Some(mut proxy) = start_with_mounts(what, Launch::new().url(&url), mounts) else {
+            let Some(mut proxy) = start_with_mounts(what, ProxyCommand::new().url(&url), mounts)
+            else {
                 return;
             };
-            assert_eq!(proxy.ask().status(), 502);
+            assert_eq!(proxy.post_default().status(), 502);
             let words = ["status=502", "is not a loopback address"];
             proxy.wait_for_request("request ", &words);
             let mut came = Vec::new();

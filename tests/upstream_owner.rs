@@ -17,14 +17,19 @@ const STRANGER: u32 = 3_900_301;
 /// the last line of the log.
 ///
 /// The listener's owner either accepts as soon as it can, or only once the response is there.
-fn ask(listener: &TcpListener, host: &str, args: &[&str], accepts_early: bool) -> (u16, String) {
+fn request(
+    listener: &TcpListener,
+    host: &str,
+    args: &[&str],
+    accepts_early: bool,
+) -> (u16, String) {
     let port = listener.local_addr().unwrap().port();
-    let launch = Launch::new().url(&format!("http://{host}:{port}/"));
-    let mut proxy = launch.args(args).start();
+    let command = ProxyCommand::new().url(&format!("http://{host}:{port}/"));
+    let mut proxy = command.args(args).start();
     let accept = || {
         as_user(STRANGER, || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             let mut came = vec![0; 4096];
             let count = stream.read(&mut came).unwrap_or(0);
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}");
@@ -33,7 +38,7 @@ fn ask(listener: &TcpListener, host: &str, args: &[&str], accepts_early: bool) -
     };
     std::thread::scope(|scope| {
         let early = accepts_early.then(|| scope.spawn(accept));
-        let response = proxy.ask();
+        let response = proxy.post_default();
         if response.status() == 502 {
             let message = response.error_message();
             assert!(message.contains("(owner)"), "{host}: {message}");
@@ -47,7 +52,7 @@ fn ask(listener: &TcpListener, host: &str, args: &[&str], accepts_early: bool) -
 
 #[test]
 fn port_of_another_user_gets_no_key() {
-    if !is_root_for("an upstream of another user") {
+    if !require_root("an upstream of another user") {
         return;
     }
     for (address, host) in [
@@ -62,7 +67,7 @@ fn port_of_another_user_gets_no_key() {
             continue;
         };
         for accepts_early in [false, true] {
-            let outcome = ask(&listener, host, &[], accepts_early);
+            let outcome = request(&listener, host, &[], accepts_early);
             assert_eq!(outcome, (502, String::new()), "{address}, {accepts_early}");
         }
     }
@@ -70,12 +75,12 @@ fn port_of_another_user_gets_no_key() {
 
 #[test]
 fn port_of_the_upstream_user_gets_the_key() {
-    if !is_root_for("an upstream of another user") {
+    if !require_root("an upstream of another user") {
         return;
     }
     let listener = as_user(STRANGER, || TcpListener::bind("127.0.0.1:0")).unwrap();
     let args = ["--upstream-user", &STRANGER.to_string()];
-    let (status, came) = ask(&listener, "127.0.0.1", &args, true);
+    let (status, came) = request(&listener, "127.0.0.1", &args, true);
     assert_eq!(status, 200);
     assert!(came.contains(KEY), "{came}");
 }
@@ -83,20 +88,20 @@ fn port_of_the_upstream_user_gets_the_key() {
 #[test]
 fn stranger_on_the_other_loopback_address_gets_no_key() {
     let what = "an upstream on one of two loopback addresses";
-    let folder = Folder::new();
-    let hosts = folder.join("hosts");
+    let dir = TestDir::new();
+    let hosts = dir.join("hosts");
     fs::write(&hosts, "::1 localhost\n127.0.0.1 localhost\n").unwrap();
     let mounts = vec![Mount::File(hosts, "/etc/hosts".into())];
-    let upstream = Upstream::plain(ok);
-    let launch = Launch::to(&upstream);
-    let Some(proxy) = start_with_mounts(what, launch, mounts) else {
+    let upstream = Upstream::start_plain(ok);
+    let command = ProxyCommand::for_upstream(&upstream);
+    let Some(proxy) = start_with_mounts(what, command, mounts) else {
         return;
     };
     let address = ("::1", upstream.port);
     let Ok(stranger) = as_user(STRANGER, || TcpListener::bind(address)) else {
         return skip(what, "no IPv6 here");
     };
-    assert_eq!(proxy.ask().status(), 502);
+    assert_eq!(proxy.post_default().status(), 502);
     let mut came = Vec::new();
     stranger.accept().unwrap().0.read_to_end(&mut came).unwrap();
     assert_eq!(came, b"");

@@ -9,10 +9,10 @@ use support::*;
 fn handshake_passes_headers_both_ways_and_adds_the_key() {
     const ACCEPTED: &str = "Sec-WebSocket-Extensions: permessage-deflate\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\
         Keep-Alive: timeout=9\r\nX-Request-Id: req_1\r\n";
-    for (name, upstream) in both(|exchange| exchange.switch(ACCEPTED, b"")) {
+    for (name, upstream) in start_tls_and_plain(|request| request.switch_protocols(ACCEPTED, b"")) {
         let url = format!("{}?api-version=1&a=%20", upstream.url());
-        let launch = Launch::new().trusting(&upstream).url(&url);
-        let mut proxy = launch.arg("--websocket").start();
+        let command = ProxyCommand::new().trust(&upstream).url(&url);
+        let mut proxy = command.arg("--websocket").start();
         let theirs = "Authorization: Bearer theirs\r\nauthorization: again\r\nKeep-Alive: 5\r\nX-Twice: 1\r\n\
             X-Named: hop-by-hop\r\nX-Twice: 2\r\n";
         let mut client = proxy.client();
@@ -24,7 +24,7 @@ fn handshake_passes_headers_both_ways_and_adds_the_key() {
             "connection: keep-alive, x-named, UPGRADE",
         );
         client.send(head).unwrap();
-        let response = client.head().unwrap();
+        let response = client.read_head().unwrap();
         assert_eq!(response.start, "HTTP/1.1 101 Switching Protocols", "{name}");
         let mut fields = response.sorted();
         fields.retain(|field| !field.starts_with("date: "));
@@ -41,7 +41,7 @@ fn handshake_passes_headers_both_ways_and_adds_the_key() {
             ],
             "{name}"
         );
-        let head = upstream.only().head;
+        let head = upstream.single_request().head;
         assert_eq!(head.start, "GET /v1/responses?api-version=1&a=%20 HTTP/1.1");
         assert_eq!(
             head.sorted(),
@@ -100,11 +100,11 @@ const RESPONSES: [(&str, &str); 8] = [
 
 #[test]
 fn responses_other_than_a_proper_101_open_no_tunnel() {
-    let upstreams = both(|exchange| {
-        exchange.body()?;
-        match exchange.header("x-row").parse::<usize>() {
-            Ok(row) => exchange.send(format!("HTTP/1.1 {}", RESPONSES[row].0)),
-            Err(_) => ok(exchange),
+    let upstreams = start_tls_and_plain(|request| {
+        request.read_body()?;
+        match request.header("x-row").parse::<usize>() {
+            Ok(row) => request.send(format!("HTTP/1.1 {}", RESPONSES[row].0)),
+            Err(_) => ok(request),
         }
     });
     for (name, upstream) in upstreams {
@@ -117,7 +117,7 @@ fn responses_other_than_a_proper_101_open_no_tunnel() {
             client
                 .send(handshake(&format!("X-Row: {row}\r\n")))
                 .unwrap();
-            let came = client.response().expect(&name);
+            let came = client.read_response().expect(&name);
             assert_eq!(came.status().to_string(), status, "{name}: {came:?}");
             proxy.wait_for_request("request ", &[&format!(" status={status} ")]);
             if body == OURS {
@@ -126,7 +126,11 @@ fn responses_other_than_a_proper_101_open_no_tunnel() {
                 assert_eq!(came.body, body.as_bytes(), "{name}");
             }
             // The client's connection goes on, and the upstream's is pooled unless it was upgraded.
-            assert_eq!(client.ask().unwrap().status(), 200, "{name}: the next");
+            assert_eq!(
+                client.post_default().unwrap().status(),
+                200,
+                "{name}: the next"
+            );
             proxy.wait_for_request("request ", &[" status=200 "]);
             let expected = match (row, body) {
                 (0, _) => 1,
@@ -135,18 +139,18 @@ fn responses_other_than_a_proper_101_open_no_tunnel() {
             };
             assert_eq!(upstream.connections(), expected, "{name}");
         }
-        let came = upstream.seen().len();
+        let came = upstream.requests().len();
         assert_eq!(came, 2 * RESPONSES.len(), "{name}: each came once");
     }
 }
 
 #[test]
 fn post_that_offers_an_upgrade_remains_a_post() {
-    let upstreams = both(|exchange| match exchange.header("x-case").as_str() {
-        "ok" => ok(exchange),
+    let upstreams = start_tls_and_plain(|request| match request.header("x-case").as_str() {
+        "ok" => ok(request),
         // Before the body has arrived.
-        "early 101" => exchange.send(format!("HTTP/1.1 {SWITCHING}")),
-        _ => exchange.switch("", b"bytes"),
+        "early 101" => request.send(format!("HTTP/1.1 {SWITCHING}")),
+        _ => request.switch_protocols("", b"bytes"),
     });
     for (name, upstream) in upstreams {
         let proxy = start_with_websocket(&upstream);
@@ -160,7 +164,7 @@ fn post_that_offers_an_upgrade_remains_a_post() {
                 "0123456789"
             };
             client.send(head + body).unwrap();
-            let response = client.response().expect(case);
+            let response = client.read_response().expect(case);
             assert_eq!(response.status(), status, "{name}: {case}");
             assert_eq!(response.head.get("upgrade"), None, "{name}: {case}");
             if status == 502 {
@@ -168,7 +172,7 @@ fn post_that_offers_an_upgrade_remains_a_post() {
             }
         }
         proxy.stop();
-        for seen in upstream.close() {
+        for seen in upstream.into_requests() {
             assert!(seen.head.start.starts_with("POST "), "{name}: {seen:?}");
             assert_eq!(seen.head.get("upgrade"), None, "{name}");
         }
@@ -177,26 +181,26 @@ fn post_that_offers_an_upgrade_remains_a_post() {
 
 #[test]
 fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
-    let (tell, told) = telling();
+    let (tell, told) = channel();
     // By what it does with a pooled connection: before a handshake comes over it, or with the handshake.
-    let upstream = Upstream::start(move |exchange| {
-        let case = exchange.header("x-case");
-        let is_handshake = exchange.seen.head.start.starts_with("GET ");
-        exchange.body()?;
+    let upstream = Upstream::start(move |request| {
+        let case = request.header("x-case");
+        let is_handshake = request.recorded.head.start.starts_with("GET ");
+        request.read_body()?;
         match (case.as_str(), is_handshake) {
             ("closes before", false) => {
-                exchange.answer("200 OK", "", b"{}")?;
-                let end = exchange.close();
+                request.respond("200 OK", "", b"{}")?;
+                let end = request.close();
                 tell.send(()).unwrap();
                 end
             }
             ("sends a 101 before", false) => {
                 let response = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
-                exchange.send(format!("{response}HTTP/1.1 {SWITCHING}poison"))
+                request.send(format!("{response}HTTP/1.1 {SWITCHING}poison"))
             }
-            ("closes after", true) => exchange.close(),
-            (_, true) => exchange.switch("", b"tunnel"),
-            (_, false) => ok(exchange),
+            ("closes after", true) => request.close(),
+            (_, true) => request.switch_protocols("", b"tunnel"),
+            (_, false) => ok(request),
         }
     });
     let mut proxy = start_with_websocket(&upstream);
@@ -207,21 +211,25 @@ fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
     ] {
         let header = format!("X-Case: {case}\r\n");
         let mut client = proxy.client();
-        let response = client.ask_with(&header, "{}");
+        let response = client.post(&header, "{}");
         assert_eq!(response.unwrap().status(), 200, "{case}");
         proxy.wait_for_request("request ", &[" status=200 "]);
         if case == "closes before" {
-            told.wait().unwrap();
+            told.recv().unwrap();
         }
         client.send(handshake(&header)).unwrap();
-        assert_eq!(client.head().unwrap().status(), status, "{case}");
+        assert_eq!(client.read_head().unwrap().status(), status, "{case}");
         if status == 101 {
-            assert_eq!(client.receive(6).unwrap(), b"tunnel", "{case}");
+            assert_eq!(client.read_bytes(6).unwrap(), b"tunnel", "{case}");
         }
         drop(client);
         proxy.wait_for_request("request ", &[&format!(" status={status} ")]);
     }
-    let connections: Vec<_> = upstream.seen().iter().map(|seen| seen.connection).collect();
+    let connections: Vec<_> = upstream
+        .requests()
+        .iter()
+        .map(|seen| seen.connection)
+        .collect();
     assert_eq!(connections, [0, 1, 2, 3, 4, 4], "each was sent once");
 }
 
@@ -234,7 +242,7 @@ fn handshake_without_the_flag_is_refused_and_names_it() {
     ] {
         let mut client = proxy.client();
         client.send(request).unwrap();
-        let response = client.response().unwrap();
+        let response = client.read_response().unwrap();
         assert_eq!(response.status(), 403);
         let message = response.error_message();
         assert!(message.contains("--websocket"), "{message}");
@@ -243,18 +251,18 @@ fn handshake_without_the_flag_is_refused_and_names_it() {
         proxy.wait_for_request("refused ", &[" status=403 "]);
     }
     proxy.stop();
-    assert!(upstream.close().is_empty(), "nothing is forwarded");
+    assert!(upstream.into_requests().is_empty(), "nothing is forwarded");
 }
 
 #[test]
 fn handshake_with_dumps_is_a_426_and_the_post_after_it_is_dumped() {
     let upstream = Upstream::start(ok);
-    let folder = Folder::new();
-    let launch = Launch::to(&upstream).args(["--websocket", "--dump-dir"]);
-    let mut proxy = launch.arg(folder.join("dumps")).start();
+    let dir = TestDir::new();
+    let command = ProxyCommand::for_upstream(&upstream).args(["--websocket", "--dump-dir"]);
+    let mut proxy = command.arg(dir.join("dumps")).start();
     let mut client = proxy.client();
     client.send(handshake("")).unwrap();
-    let response = client.response().unwrap();
+    let response = client.read_response().unwrap();
     assert_eq!(response.status(), 426);
     assert_eq!(response.head.get("upgrade"), Some("HTTP/1.1"));
     let connection = response.head.get("connection").unwrap_or_default();
@@ -264,10 +272,14 @@ fn handshake_with_dumps_is_a_426_and_the_post_after_it_is_dumped() {
     );
     response.error_message();
     proxy.wait_for_request("refused ", &[" status=426 "]);
-    assert_eq!(client.ask().unwrap().status(), 200);
+    assert_eq!(client.post_default().unwrap().status(), 200);
     let log = proxy.stop().stderr;
     let says_so = log[0].contains("WebSocket handshakes get 426");
     assert!(says_so, "at startup: {log:?}");
-    assert_eq!(upstream.close().len(), 1, "the handshake is not forwarded");
-    assert_eq!(folder.join("dumps").read_dir().unwrap().count(), 2);
+    assert_eq!(
+        upstream.into_requests().len(),
+        1,
+        "the handshake is not forwarded"
+    );
+    assert_eq!(dir.join("dumps").read_dir().unwrap().count(), 2);
 }

@@ -11,14 +11,14 @@ use support::*;
 fn first_bytes_with_either_handshake_arrive() {
     // The second is more than any buffer on the way holds.
     for size in [1, 300_000] {
-        let upstreams = both(move |exchange| {
-            if exchange.seen.head.start.starts_with("POST ") {
-                return ok(exchange);
+        let upstreams = start_tls_and_plain(move |request| {
+            if request.recorded.head.start.starts_with("POST ") {
+                return ok(request);
             }
-            exchange.switch("", &vec![b'u'; size])?;
-            let early = exchange.receive(size)?;
-            exchange.send(early)?;
-            exchange.close()
+            request.switch_protocols("", &vec![b'u'; size])?;
+            let early = request.read_bytes(size)?;
+            request.send(early)?;
+            request.close()
         });
         for (name, upstream) in upstreams {
             let mut proxy = start_with_websocket(&upstream);
@@ -32,14 +32,14 @@ fn first_bytes_with_either_handshake_arrive() {
                 // The stand-in reads them only after what it sends has been taken.
                 let sender = thread::spawn(move || (&socket).write_all(bytes.as_bytes()));
                 if !post.is_empty() {
-                    assert_eq!(client.response().unwrap().status(), 200, "{name}");
+                    assert_eq!(client.read_response().unwrap().status(), 200, "{name}");
                     proxy.wait_for_request("request ", &[" status=200 "]);
                 }
-                assert_eq!(client.head().unwrap().status(), 101, "{name}: {post}");
+                assert_eq!(client.read_head().unwrap().status(), 101, "{name}: {post}");
                 let expected = [vec![b'u'; size], vec![b'c'; size]].concat();
-                let came = client.receive(2 * size).unwrap();
+                let came = client.read_bytes(2 * size).unwrap();
                 assert!(came == expected, "{name}: {size} bytes differ");
-                assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+                assert_eq!(client.read_until_closed().unwrap(), b"", "{name}");
                 sender.join().unwrap().unwrap();
                 drop(client);
                 let counts = format!(" in={size} out={}", 2 * size);
@@ -56,19 +56,19 @@ fn eight_megabytes_both_ways_at_once_arrive_whole() {
     const SIZE: usize = 8 << 20;
     // No block repeats, so that a block lost, repeated or out of order shows.
     let bytes: Vec<_> = (0..SIZE as u32 / 4).flat_map(u32::to_be_bytes).collect();
-    for (name, upstream) in both(echo_tunnel) {
+    for (name, upstream) in start_tls_and_plain(echo_tunnel) {
         let mut proxy = start_with_websocket(&upstream);
         let mut client = open_tunnel(&proxy, "");
         let mut socket = client.socket().try_clone().unwrap();
         let came = thread::scope(|scope| {
             let sender = scope.spawn(|| socket.write_all(&bytes));
-            let came = client.receive(SIZE).unwrap();
+            let came = client.read_bytes(SIZE).unwrap();
             sender.join().unwrap().unwrap();
             came
         });
         assert!(came == bytes, "{name}: the bytes differ");
-        client.finish_sending();
-        assert_eq!(client.until_closed().unwrap(), b"", "{name}");
+        client.shutdown_write();
+        assert_eq!(client.read_until_closed().unwrap(), b"", "{name}");
         let counts = format!(" in={SIZE} out={SIZE}");
         let line = proxy.wait_for_request("request ", &[" status=101 ", &counts]);
         assert!(!line.contains("error="), "{name}: {line}");
@@ -77,14 +77,14 @@ fn eight_megabytes_both_ways_at_once_arrive_whole() {
 
 #[test]
 fn each_message_arrives_before_the_next_is_sent() {
-    for (name, upstream) in both(echo_tunnel) {
+    for (name, upstream) in start_tls_and_plain(echo_tunnel) {
         let proxy = start_with_websocket(&upstream);
         let mut client = open_tunnel(&proxy, "");
         for number in 0..200 {
             let message = "m".repeat(1 + number * number);
             client.send(&message).unwrap();
             // If either end's bytes were held back, this would wait until the test fails.
-            let echo = client.receive(message.len()).unwrap();
+            let echo = client.read_bytes(message.len()).unwrap();
             assert_eq!(echo, message.as_bytes(), "{name}");
         }
     }
@@ -92,33 +92,33 @@ fn each_message_arrives_before_the_next_is_sent() {
 
 #[test]
 fn half_close_in_each_direction_leaves_the_other_open() {
-    let (tell, told) = telling();
-    let upstreams = both(move |exchange| {
-        if exchange.header("x-closes") == "client" {
-            exchange.switch("", b"")?;
-            let came = exchange.until_closed()?;
-            exchange.send(came)?;
+    let (tell, told) = channel();
+    let upstreams = start_tls_and_plain(move |request| {
+        if request.header("x-closes") == "client" {
+            request.switch_protocols("", b"")?;
+            let came = request.read_until_closed()?;
+            request.send(came)?;
         } else {
-            exchange.switch("", b"hello")?;
-            exchange.finish_sending()?;
-            tell.send(exchange.until_closed()?).unwrap();
+            request.switch_protocols("", b"hello")?;
+            request.shutdown_write()?;
+            tell.send(request.read_until_closed()?).unwrap();
         }
-        exchange.close()
+        request.close()
     });
     for (name, upstream) in upstreams {
         let mut proxy = start_with_websocket(&upstream);
         let mut client = open_tunnel(&proxy, "X-Closes: client\r\n");
         client.send("question").unwrap();
-        client.finish_sending();
-        assert_eq!(client.until_closed().unwrap(), b"question", "{name}");
+        client.shutdown_write();
+        assert_eq!(client.read_until_closed().unwrap(), b"question", "{name}");
         let line = proxy.wait_for_request("request ", &[" status=101 ", " in=8 out=8"]);
         assert!(!line.contains("error="), "{name}: {line}");
 
         let mut client = open_tunnel(&proxy, "X-Closes: upstream\r\n");
-        assert_eq!(client.until_closed().unwrap(), b"hello", "{name}");
+        assert_eq!(client.read_until_closed().unwrap(), b"hello", "{name}");
         client.send("still here").unwrap();
-        client.finish_sending();
-        assert_eq!(told.wait().unwrap(), b"still here", "{name}");
+        client.shutdown_write();
+        assert_eq!(told.recv().unwrap(), b"still here", "{name}");
         let line = proxy.wait_for_request("request ", &[" status=101 ", " in=10 out=5"]);
         assert!(!line.contains("error="), "{name}: {line}");
     }
@@ -135,18 +135,18 @@ const LEAVES: [(&str, bool); 5] = [
 
 #[test]
 fn either_end_that_leaves_closes_the_other_at_once() {
-    let (tell, told) = telling();
-    let upstreams = both(move |exchange| {
-        exchange.switch("", b"")?;
-        exchange.receive(1)?;
-        match exchange.header("x-leaves").as_str() {
-            "upstream closes" => exchange.close(),
-            "upstream resets" => exchange.reset(),
-            "upstream closes without close_notify" => exchange.cut(),
+    let (tell, told) = channel();
+    let upstreams = start_tls_and_plain(move |request| {
+        request.switch_protocols("", b"")?;
+        request.read_bytes(1)?;
+        match request.header("x-leaves").as_str() {
+            "upstream closes" => request.close(),
+            "upstream resets" => request.reset(),
+            "upstream closes without close_notify" => request.close_abruptly(),
             _ => {
-                exchange.send("x")?;
-                tell.send(exchange.until_closed().is_ok()).unwrap();
-                exchange.close()
+                request.send("x")?;
+                tell.send(request.read_until_closed().is_ok()).unwrap();
+                request.close()
             }
         }
     });
@@ -156,16 +156,16 @@ fn either_end_that_leaves_closes_the_other_at_once() {
             let mut client = open_tunnel(&proxy, &format!("X-Leaves: {leaves}\r\n"));
             client.send("x").unwrap();
             if leaves.starts_with("client") {
-                client.receive(1).unwrap();
+                client.read_bytes(1).unwrap();
                 match leaves {
                     "client resets" => client.reset(),
                     _ => drop(client),
                 }
-                let closed = told.within(AT_ONCE);
+                let closed = told.recv_timeout(PROMPT);
                 assert!(closed.is_ok_and(|closed| closed), "{name}: {leaves}");
             } else {
-                client.socket().set_read_timeout(Some(AT_ONCE)).unwrap();
-                let came = client.until_closed();
+                client.socket().set_read_timeout(Some(PROMPT)).unwrap();
+                let came = client.read_until_closed();
                 assert_eq!(came.unwrap(), b"", "{name}: {leaves}");
                 drop(client);
             }

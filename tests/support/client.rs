@@ -1,11 +1,12 @@
-//! A client that writes what it is told, byte for byte, and reads one answer after the other.
+//! A client that sends literal bytes and reads one response after the other.
 
-use super::http::{Framing, Head, PATIENCE, Wire};
+use super::http::{Framing, Head, HttpStream, TIMEOUT};
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 
+/// A connection to the proxy.
 pub(crate) struct Client {
-    wire: Wire<TcpStream>,
+    http: HttpStream<TcpStream>,
     port: u16,
 }
 
@@ -20,7 +21,7 @@ impl Response {
         self.head.status()
     }
 
-    /// The message of an error made by the proxy, whose shape must be that of OpenAI's errors.
+    /// The message of an error response of the proxy. Checks that it has the format of OpenAI's errors.
     pub(crate) fn error_message(&self) -> String {
         let content_type = self.head.get("content-type").unwrap_or_default();
         assert!(content_type.starts_with("application/json"), "{self:?}");
@@ -40,33 +41,33 @@ impl Client {
     pub(crate) fn connect(port: u16) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let wire = Wire::new(stream);
-        Self { wire, port }
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(TIMEOUT)).unwrap();
+        let http = HttpStream::new(stream);
+        Self { http, port }
     }
 
     pub(crate) fn socket(&self) -> &TcpStream {
-        self.wire.reader.get_ref()
+        self.http.reader.get_ref()
     }
 
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
-        self.wire.reader.get_mut().write_all(bytes.as_ref())
+        self.http.reader.get_mut().write_all(bytes.as_ref())
     }
 
-    /// The head of a well-formed request with these header lines, each ended by CRLF, beside `Host`.
+    /// The head of a well-formed request with `Host` and these header lines, each ended by CRLF.
     pub(crate) fn post_head(&self, headers: &str) -> String {
         let port = self.port;
         format!("POST /v1/responses HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}\r\n")
     }
 
-    /// Sends such a head and nothing more.
+    /// Sends the head of a request without its body.
     pub(crate) fn send_head(&mut self, headers: &str) -> io::Result<()> {
         self.send(self.post_head(headers))
     }
 
-    /// Sends a well-formed request whose body has a known length.
-    pub(crate) fn post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
+    /// Sends a well-formed request with a `Content-Length`, and does not wait for the response.
+    pub(crate) fn send_post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
         let body = body.as_ref();
         let length = format!("{headers}Content-Length: {}\r\n", body.len());
         self.send_head(&length)?;
@@ -78,69 +79,66 @@ impl Client {
         self.send(super::http::chunk(data.as_ref()))
     }
 
-    /// Sends a small well-formed request and reads the whole answer.
-    pub(crate) fn ask(&mut self) -> io::Result<Response> {
-        self.ask_with("", "{}")
+    /// Sends a small well-formed request and reads the response.
+    pub(crate) fn post_default(&mut self) -> io::Result<Response> {
+        self.post("", "{}")
     }
 
-    /// Sends a request as [`Self::post`] does, and reads the whole answer.
-    pub(crate) fn ask_with<B: AsRef<[u8]>>(
-        &mut self,
-        headers: &str,
-        body: B,
-    ) -> io::Result<Response> {
-        self.post(headers, body)?;
-        self.response()
+    /// Sends a well-formed request with a `Content-Length` and reads the response.
+    pub(crate) fn post<B: AsRef<[u8]>>(&mut self, headers: &str, body: B) -> io::Result<Response> {
+        self.send_post(headers, body)?;
+        self.read_response()
     }
 
-    /// Sends this request, `GET /v1/models` for example, with no body, and reads the status of the answer.
+    /// Sends a request such as `GET /v1/models` without a body, and returns the status of the response.
     pub(crate) fn status_of(&mut self, request: &str) -> io::Result<u16> {
         self.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
-        self.response().map(|response| response.status())
+        self.read_response().map(|response| response.status())
     }
 
-    /// The head of the next answer; its body is then read with [`Self::piece`] or [`Self::rest`].
-    pub(crate) fn head(&mut self) -> io::Result<Head> {
-        let head = self.wire.head()?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        self.wire.body = match head.status() {
+    /// The head of the next response. Read its body with [`Self::read_part`] or [`Self::read_rest`].
+    pub(crate) fn read_head(&mut self) -> io::Result<Head> {
+        let head = self.http.read_head()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.http.body = match head.status() {
             100..200 | 204 | 304 => Framing::Length(0),
             _ => head.framing(Framing::UntilClose),
         };
         Ok(head)
     }
 
-    /// The next piece of the body, `None` after its proper end, an error if it breaks off.
-    pub(crate) fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
-        self.wire.piece()
+    /// The next part of the body, `None` at its end, an error if it is truncated.
+    pub(crate) fn read_part(&mut self) -> io::Result<Option<Vec<u8>>> {
+        self.http.read_part()
     }
 
-    /// The rest of the body, an error if it breaks off.
-    pub(crate) fn rest(&mut self) -> io::Result<Vec<u8>> {
-        self.wire.rest()
+    /// The rest of the body. An error if it is truncated.
+    pub(crate) fn read_rest(&mut self) -> io::Result<Vec<u8>> {
+        self.http.read_rest()
     }
 
-    pub(crate) fn response(&mut self) -> io::Result<Response> {
-        let head = self.head()?;
-        let body = self.rest()?;
+    pub(crate) fn read_response(&mut self) -> io::Result<Response> {
+        let head = self.read_head()?;
+        let body = self.read_rest()?;
         Ok(Response { head, body })
     }
 
-    /// Exactly this many of the bytes that follow the last response, on a connection that was upgraded.
-    pub(crate) fn receive(&mut self, count: usize) -> io::Result<Vec<u8>> {
-        self.wire.receive(count)
+    /// Reads exactly this many bytes after the last response on an upgraded connection.
+    pub(crate) fn read_bytes(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        self.http.read_bytes(count)
     }
 
-    /// Waits for the proxy to close this connection; what it still sent.
-    pub(crate) fn until_closed(&mut self) -> io::Result<Vec<u8>> {
-        self.wire.until_closed()
+    /// Reads until the proxy closes this connection.
+    pub(crate) fn read_until_closed(&mut self) -> io::Result<Vec<u8>> {
+        self.http.read_until_closed()
     }
 
-    /// Tells the proxy that nothing more will be sent.
-    pub(crate) fn finish_sending(&self) {
-        // It fails if the proxy has already reset the connection, which is as good.
+    /// Closes the sending half of the connection.
+    pub(crate) fn shutdown_write(&self) {
+        // Fails if the proxy has already reset the connection, which is fine.
         let _ = self.socket().shutdown(Shutdown::Write);
     }
 
+    /// Closes the connection with a TCP reset.
     pub(crate) fn reset(self) {
         super::upstream::reset_on_close(self.socket());
     }

@@ -1,6 +1,6 @@
-//! What Linux tells about a process, and what it lets a test make of one that is about to start.
+//! Linux only: reads /proc of the proxy, and changes users, limits and mounts of a process before it starts.
 
-use super::{Launch, Proxy, duplicate, is_root_for, skip, wait_until};
+use super::{Proxy, ProxyCommand, dup2, require_root, skip, wait_until};
 use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -13,49 +13,52 @@ use std::{io, thread};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// What /proc has of the proxy's process.
+/// The proxy's process in /proc.
 pub(crate) fn process(proxy: &Proxy) -> Process {
     Process::new(proxy.pid().as_raw()).unwrap()
 }
 
-/// The memory that it holds for itself now, and the most that it has ever held, in bytes.
-pub(crate) fn memory(proxy: &Proxy) -> (u64, u64) {
+/// The current anonymous memory and the peak resident memory of the proxy, in bytes.
+pub(crate) fn memory_usage(proxy: &Proxy) -> (u64, u64) {
     let status = process(proxy).status().unwrap();
     (status.rssanon.unwrap() * 1024, status.vmhwm.unwrap() * 1024)
 }
 
-/// How many descriptors it has open. Only root may look.
-pub(crate) fn descriptors(proxy: &Proxy) -> usize {
+/// The number of open descriptors of the proxy. Requires root.
+pub(crate) fn count_descriptors(proxy: &Proxy) -> usize {
     process(proxy).fd_count().unwrap()
 }
 
-pub(crate) fn sleeps(process: &Process) -> bool {
+pub(crate) fn is_sleeping(process: &Process) -> bool {
     process.stat().unwrap().state().unwrap() == ProcState::Sleeping
 }
 
-/// Waits until it has nothing to do, and then finds it asleep nearly always: it doesn't try again and again.
-pub(crate) fn assert_sleeps(proxy: &Proxy) {
-    const LOOKS: usize = 2_000;
+/// Waits until the proxy sleeps, then checks that it still sleeps in nearly every sample: it does not busy-loop.
+pub(crate) fn assert_idle(proxy: &Proxy) {
+    const SAMPLES: usize = 2_000;
     let process = process(proxy);
-    wait_until("it has nothing to do", || sleeps(&process));
-    let asleep = (0..LOOKS).filter(|_| sleeps(&process)).count();
-    assert!(asleep > LOOKS * 9 / 10, "asleep {asleep} times of {LOOKS}");
+    wait_until("the proxy is idle", || is_sleeping(&process));
+    let asleep = (0..SAMPLES).filter(|_| is_sleeping(&process)).count();
+    assert!(
+        asleep > SAMPLES * 9 / 10,
+        "asleep {asleep} times of {SAMPLES}"
+    );
 }
 
-/// Waits until nothing moves: neither this number nor the proxy, however often one looks.
-pub(crate) fn wait_until_still(proxy: &Proxy, number: impl Fn() -> u64) {
+/// Waits until the proxy sleeps and `number` no longer changes, in many samples.
+pub(crate) fn wait_until_idle(proxy: &Proxy, number: impl Fn() -> u64) {
     let process = process(proxy);
-    wait_until("nothing moves", || {
+    wait_until("the proxy is idle", || {
         let before = number();
-        (0..1000).all(|_| sleeps(&process) && number() == before)
+        (0..1000).all(|_| is_sleeping(&process) && number() == before)
     });
 }
 
-/// Runs something on a thread that is another user's. Root only; the rest of the process stays root's.
+/// Runs a function on a thread with another UID. Requires root; other threads remain root.
 pub(crate) fn as_user<T: Send>(uid: u32, run: impl FnOnce() -> T + Send) -> T {
     let switched = || {
         for call in [libc::SYS_setresgid, libc::SYS_setresuid] {
-            // SAFETY: the call takes integers. Made directly, it changes this one thread, which ends with `run`.
+            // SAFETY: the call takes integers only. The raw system call changes this thread only, which ends after `run`.
             #[allow(unsafe_code)]
             let result = unsafe { libc::syscall(call, uid, uid, uid) };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
@@ -65,23 +68,27 @@ pub(crate) fn as_user<T: Send>(uid: u32, run: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| scope.spawn(switched).join().unwrap())
 }
 
-/// The program may have this many descriptors, and no more by its own will. The numbers in `taken` are in use.
-pub(crate) fn limit_descriptors(launch: Launch, limit: u64, taken: Range<RawFd>) -> Launch {
-    launch.before_start(move || {
+/// Limits the program to this many descriptors, as its hard limit. The descriptors in `taken` are open already.
+pub(crate) fn limit_descriptors(
+    command: ProxyCommand,
+    limit: u64,
+    taken: Range<RawFd>,
+) -> ProxyCommand {
+    command.pre_exec(move || {
         let stderr = libc::STDERR_FILENO;
-        taken.clone().try_for_each(|n| duplicate(stderr, n))?;
+        taken.clone().try_for_each(|n| dup2(stderr, n))?;
         Ok(setrlimit(RLIMIT_NOFILE, limit, limit)?)
     })
 }
 
 const NONE: Option<&Path> = None;
 
-/// Something that a program, and nobody else, finds in its file system.
+/// A mount that only the program sees.
 #[derive(Clone)]
 pub(crate) enum Mount {
-    /// This file in place of another one.
+    /// A bind mount of the first file over the second.
     File(PathBuf, PathBuf),
-    /// An empty file system in memory, with these options.
+    /// An empty tmpfs with these options.
     Empty(PathBuf, &'static str),
 }
 
@@ -97,21 +104,27 @@ impl Mount {
     }
 }
 
-/// Starts the program with these mounts. Root only; says what is skipped where the system doesn't let even root.
-pub(crate) fn start_with_mounts(what: &str, launch: Launch, mounts: Vec<Mount>) -> Option<Proxy> {
-    if !is_root_for(what) {
+/// Starts the program with these mounts. `None`, with the reason on stderr, without root or mount namespaces.
+pub(crate) fn start_with_mounts(
+    what: &str,
+    command: ProxyCommand,
+    mounts: Vec<Mount>,
+) -> Option<Proxy> {
+    if !require_root(what) {
         return None;
     }
-    let give = move || {
+    let enter_namespace = move || {
         unshare(CloneFlags::CLONE_NEWNS)?;
-        // First of all: what is mounted there must not show outside.
+        // Mounts must not propagate to the namespace of the tests.
         mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
         Ok(mounts.iter().try_for_each(Mount::mount)?)
     };
-    let trial = Launch::new().arg("--version").before_start(give.clone());
+    let trial = ProxyCommand::new()
+        .arg("--version")
+        .pre_exec(enter_namespace.clone());
     if let Err(error) = trial.try_spawn() {
-        skip(what, &format!("no file system of its own: {error}"));
+        skip(what, &format!("no mount namespaces: {error}"));
         return None;
     }
-    Some(launch.before_start(give).start())
+    Some(command.pre_exec(enter_namespace).start())
 }

@@ -1,7 +1,7 @@
-//! The real binary as a child process: started, watched, told to stop, and never left behind.
+//! Runs the real binary as a child process, reads its log, and kills it at the end of the test.
 
 use super::client::{Client, Response};
-use super::{http::PATIENCE, upstream::Upstream};
+use super::{http::TIMEOUT, upstream::Upstream};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, setsid};
@@ -16,29 +16,29 @@ use std::time::{Duration, Instant};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_codex-responses-api-proxy");
 
-/// The key that tests give unless they say otherwise. Long enough that no part of it turns up by chance.
+/// The default key of tests. Long enough that no part of it occurs in memory by chance.
 pub(crate) const KEY: &str = "sk-proj-Zq7vXw3mKp9tRb2nYc6hJd4gLf8sUa1eQi5oTx0zWVMk";
 
-/// A command line of the proxy that is yet to be run.
-pub(crate) struct Launch {
+/// A command line of the proxy, like [`Command`].
+pub(crate) struct ProxyCommand {
     command: Command,
-    input: Option<Vec<u8>>,
+    stdin_bytes: Option<Vec<u8>>,
 }
 
-impl Launch {
-    /// The program without arguments, the usual key on its stdin.
+impl ProxyCommand {
+    /// The program without arguments and with the default key on its stdin.
     pub(crate) fn new() -> Self {
-        Self::of(Command::new(PROGRAM))
+        Self::from_command(Command::new(PROGRAM))
     }
 
-    /// The program without arguments, and nothing on its stdin: it must not wait for a key to find what is wrong.
-    pub(crate) fn before_the_key() -> Self {
-        Self::new().input_later()
+    /// The program without arguments and with an open, silent stdin. It must report errors without reading the key.
+    pub(crate) fn without_key() -> Self {
+        Self::new().open_stdin()
     }
 
-    /// Another program that does the same job, or the same program from another place.
-    pub(crate) fn of(mut command: Command) -> Self {
-        // What the environment of whoever runs the tests must not decide.
+    /// A compatible program, or the same program in another place.
+    pub(crate) fn from_command(mut command: Command) -> Self {
+        // The environment of the test run must not affect the tests.
         for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"] {
             command.env_remove(name);
             command.env_remove(name.to_ascii_lowercase());
@@ -48,22 +48,26 @@ impl Launch {
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(Stdio::piped());
-        let input = Some(format!("{KEY}\n").into_bytes());
-        // In a session of its own: what it starts can be ended with it, and no terminal is asked for the key.
-        Self { command, input }.before_start(|| Ok(setsid().map(drop)?))
+        let stdin_bytes = Some(format!("{KEY}\n").into_bytes());
+        let this = Self {
+            command,
+            stdin_bytes,
+        };
+        // A new session: `Drop` can kill the whole process group, and no terminal can prompt for the key.
+        this.pre_exec(|| Ok(setsid().map(drop)?))
     }
 
-    /// The program in front of this stand-in.
-    pub(crate) fn to(upstream: &Upstream) -> Self {
-        Self::new().trusting(upstream).url(&upstream.url())
+    /// The program with `--upstream-url` and `--upstream-ca` for this stand-in.
+    pub(crate) fn for_upstream(upstream: &Upstream) -> Self {
+        Self::new().trust(upstream).url(&upstream.url())
     }
 
     pub(crate) fn url(self, url: &str) -> Self {
         self.args(["--upstream-url", url])
     }
 
-    pub(crate) fn trusting(self, upstream: &Upstream) -> Self {
-        match upstream.authority() {
+    pub(crate) fn trust(self, upstream: &Upstream) -> Self {
+        match upstream.ca_file() {
             Some(file) => self.arg("--upstream-ca").arg(file),
             None => self,
         }
@@ -84,36 +88,36 @@ impl Launch {
         self
     }
 
-    pub(crate) fn in_folder(mut self, folder: &Path) -> Self {
-        self.command.current_dir(folder);
+    pub(crate) fn current_dir(mut self, dir: &Path) -> Self {
+        self.command.current_dir(dir);
         self
     }
 
-    /// What comes on stdin before it ends, instead of the usual key and a newline.
-    pub(crate) fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.input = Some(bytes.into());
+    /// Writes these bytes to stdin instead of the default key and a newline, and closes it.
+    pub(crate) fn stdin_bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin_bytes = Some(bytes.into());
         self
     }
 
-    /// Nothing comes on stdin until the test writes it to [`Proxy::stdin`].
-    pub(crate) fn input_later(mut self) -> Self {
-        self.input = None;
+    /// Keeps stdin open. The test writes to [`Proxy::stdin`].
+    pub(crate) fn open_stdin(mut self) -> Self {
+        self.stdin_bytes = None;
         self
     }
 
     pub(crate) fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
         self.command.stdin(stdin);
-        self.input_later()
+        self.open_stdin()
     }
 
-    /// Does this when the program is about to start.
+    /// Runs this in the child before `exec`.
     ///
-    /// It may make system calls only, on memory that was allocated before: it runs in a fork of a process with threads.
-    pub(crate) fn before_start(
+    /// It runs in a fork of a process with threads, so it may only make system calls, and must not allocate memory.
+    pub(crate) fn pre_exec(
         mut self,
         run: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
     ) -> Self {
-        // SAFETY: the callers keep to the above.
+        // SAFETY: callers follow the rule above.
         #[allow(unsafe_code)]
         unsafe {
             self.command.pre_exec(run);
@@ -121,12 +125,12 @@ impl Launch {
         self
     }
 
-    /// Starts the program, and waits for nothing.
+    /// Starts the program without waiting until it listens.
     pub(crate) fn spawn(self) -> Proxy {
         self.try_spawn().unwrap()
     }
 
-    /// The same; an error if it can't even be started.
+    /// The same, but returns an error if the program cannot be executed.
     pub(crate) fn try_spawn(mut self) -> io::Result<Proxy> {
         let mut child = self.command.spawn()?;
         let (line, lines) = mpsc::channel();
@@ -137,9 +141,9 @@ impl Launch {
             }
         });
         let mut stdin = child.stdin.take();
-        if let Some(input) = self.input {
-            // A program that refuses its input may be gone before it has read it all.
-            let _ = stdin.take().unwrap().write_all(&input);
+        if let Some(bytes) = self.stdin_bytes {
+            // A program that rejects its input may exit before it has read all of it.
+            let _ = stdin.take().unwrap().write_all(&bytes);
         }
         Ok(Proxy {
             child,
@@ -150,19 +154,21 @@ impl Launch {
         })
     }
 
+    /// Starts the program and waits until it listens.
     pub(crate) fn start(self) -> Proxy {
         let mut proxy = self.spawn();
         proxy.wait_until_listening();
         proxy
     }
 
-    pub(crate) fn finish(self) -> Finished {
+    /// Runs the program until it exits.
+    pub(crate) fn run(self) -> Output {
         self.spawn().wait()
     }
 
-    /// Runs the program, which says in one sentence with these words what is wrong, and exits with this status.
-    pub(crate) fn assert_one_sentence(self, name: &str, status: i32, words: &[&str]) -> String {
-        let run = self.finish();
+    /// Runs the program. Checks that it prints one line with these words to stderr and exits with this status.
+    pub(crate) fn assert_startup_error(self, name: &str, status: i32, words: &[&str]) -> String {
+        let run = self.run();
         assert_eq!(run.status.code(), Some(status), "{name}: {run:?}");
         assert_eq!(run.stdout, "", "{name}");
         let [line] = run.stderr.as_slice() else {
@@ -178,24 +184,24 @@ impl Launch {
     }
 }
 
-/// A running proxy. It is killed when the test drops it.
+/// A running proxy, killed on drop.
 pub(crate) struct Proxy {
     child: Child,
-    /// The writing end of its stdin, if the test holds it.
+    /// The writing end of its stdin, if the test keeps it open.
     pub(crate) stdin: Option<ChildStdin>,
-    /// Where it listens on 127.0.0.1, once it does.
+    /// Its port on 127.0.0.1, once it listens.
     pub(crate) port: u16,
-    /// The lines of its stderr, until it ends.
+    /// Lines of stderr not read yet. Disconnected once the process exits.
     lines: Receiver<String>,
-    /// Those of them that have been looked at.
+    /// Lines of stderr read so far.
     pub(crate) log: Vec<String>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Finished {
+pub(crate) struct Output {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: String,
-    /// Its stderr, all of it, line by line.
+    /// All lines of stderr.
     pub(crate) stderr: Vec<String>,
 }
 
@@ -208,36 +214,36 @@ impl Proxy {
         Client::connect(self.port)
     }
 
-    /// The answer to a small well-formed request on a connection of its own.
-    pub(crate) fn ask(&self) -> Response {
-        self.client().ask().unwrap()
+    /// The response to a small well-formed request on a new connection.
+    pub(crate) fn post_default(&self) -> Response {
+        self.client().post_default().unwrap()
     }
 
-    /// Waits for the line that says where it listens.
+    /// Waits for the line that names the address.
     pub(crate) fn wait_until_listening(&mut self) {
         let line = self.wait_for_line(|line| line.contains("listening on "));
         let port = line.rsplit(':').next().unwrap();
         self.port = port.trim().parse().unwrap_or_else(|_| panic!("{line:?}"));
     }
 
-    pub(crate) fn wait_for_line(&mut self, like: impl Fn(&str) -> bool) -> String {
-        let deadline = Instant::now() + PATIENCE;
+    pub(crate) fn wait_for_line(&mut self, matches: impl Fn(&str) -> bool) -> String {
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(line) = self.lines.recv_timeout(left) else {
-                panic!("no such line: {:#?}", self.log);
+                panic!("no matching line: {:#?}", self.log);
             };
             self.log.push(line.clone());
-            if like(&line) {
+            if matches(&line) {
                 return line;
             }
         }
     }
 
-    /// Waits for the line of the next request, and makes sure that it is about one like this and not the key.
+    /// Waits for the next access log line. Checks how it begins, that it has these words, and that the key is not in it.
     pub(crate) fn wait_for_request(&mut self, beginning: &str, words: &[&str]) -> String {
-        let is_one = |line: &str| line.starts_with("request ") || line.starts_with("refused ");
-        let line = self.wait_for_line(is_one);
+        let is_entry = |line: &str| line.starts_with("request ") || line.starts_with("refused ");
+        let line = self.wait_for_line(is_entry);
         assert!(line.starts_with(beginning) && !line.contains(KEY), "{line}");
         for word in words {
             assert!(line.contains(word), "{word:?} is not in {line}");
@@ -249,15 +255,15 @@ impl Proxy {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// Asks for the end: by the signal of this name, or else over HTTP.
-    pub(crate) fn ask_to_stop(&self, way: &str) {
-        match way.parse() {
+    /// Starts shutdown with the signal of this name, or with this HTTP request.
+    pub(crate) fn trigger_shutdown(&self, trigger: &str) {
+        match trigger.parse() {
             Ok(signal) => self.signal(signal),
-            Err(_) => assert_eq!(self.client().status_of(way).unwrap(), 200),
+            Err(_) => assert_eq!(self.client().status_of(trigger).unwrap(), 200),
         }
     }
 
-    /// Stops it in its tracks, all of its threads, until it is killed or goes on.
+    /// Stops all of its threads with SIGSTOP. SIGCONT resumes them.
     pub(crate) fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
         waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
@@ -267,21 +273,21 @@ impl Proxy {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Asks it to stop, and waits until it has.
-    pub(crate) fn stop(self) -> Finished {
+    /// Sends SIGTERM and waits for the process to exit.
+    pub(crate) fn stop(self) -> Output {
         self.signal(Signal::SIGTERM);
         self.wait()
     }
 
-    /// Waits until it has ended by itself.
-    pub(crate) fn wait(self) -> Finished {
-        self.wait_for(PATIENCE)
+    /// Waits for the process to exit.
+    pub(crate) fn wait(self) -> Output {
+        self.wait_for(TIMEOUT)
     }
 
-    /// Waits until it has ended by itself, but not longer than this.
-    pub(crate) fn wait_for(mut self, patience: Duration) -> Finished {
-        let deadline = Instant::now() + patience;
-        // Its stderr ends with it.
+    /// Waits for the process to exit, at most this long.
+    pub(crate) fn wait_for(mut self, timeout: Duration) -> Output {
+        let deadline = Instant::now() + timeout;
+        // The process closes stderr when it exits.
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
@@ -293,7 +299,7 @@ impl Proxy {
         let status = self.child.wait().unwrap();
         let stdout = io::read_to_string(self.child.stdout.take().unwrap()).unwrap();
         let stderr = std::mem::take(&mut self.log);
-        Finished {
+        Output {
             status,
             stdout,
             stderr,
@@ -303,7 +309,7 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        // Its group first, for what it may have started; the id is a group's only while our child is not reaped.
+        // The group includes the child's own children. The process group id is valid until the child is reaped.
         if self.is_running() {
             let _ = killpg(self.pid(), Signal::SIGKILL);
             let _ = self.child.wait();

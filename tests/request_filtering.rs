@@ -32,7 +32,7 @@ fn check_with<R: Into<Vec<u8>>>(
     requests: impl IntoIterator<Item = R>,
 ) {
     let upstream = Upstream::start(ok);
-    let mut proxy = Launch::to(&upstream).args(args).start();
+    let mut proxy = ProxyCommand::for_upstream(&upstream).args(args).start();
     let (mut sent, mut served) = (0, 0);
     let mut wrong = Vec::new();
     for request in requests {
@@ -42,9 +42,9 @@ fn check_with<R: Into<Vec<u8>>>(
         // It may be closed while this is still being written.
         let _ = client.send(&request);
         if expected == Unfinished {
-            client.finish_sending();
+            client.shutdown_write();
         }
-        let response = client.response();
+        let response = client.read_response();
         let status = response.as_ref().ok().map(|response| response.status());
         let right = match (expected, status) {
             (Served, _) => status == Some(200),
@@ -62,8 +62,8 @@ fn check_with<R: Into<Vec<u8>>>(
             assert!(!message.contains(KEY), "{name}: {message}");
             proxy.wait_for_request("refused ", &[" status=403 ", " reason=\""]);
         }
-        client.finish_sending();
-        let more = client.until_closed();
+        client.shutdown_write();
+        let more = client.read_until_closed();
         let more = more.unwrap_or_else(|error| panic!("{name}: not closed: {error}"));
         let more = String::from_utf8_lossy(&more);
         assert!(!more.contains("HTTP/1."), "{name}: a second answer: {more}");
@@ -72,12 +72,12 @@ fn check_with<R: Into<Vec<u8>>>(
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     // What works shows that the others were not merely lost.
-    assert_eq!(proxy.ask().status(), 200);
+    assert_eq!(proxy.post_default().status(), 200);
     let is_outcome = |line: &&String| line.starts_with("request ") || line.starts_with("refused ");
     let log = proxy.stop().stderr;
     let lines = log.iter().filter(is_outcome).count();
     assert_eq!(lines, sent + 1, "one line each: {log:#?}");
-    let mut complete = upstream.close();
+    let mut complete = upstream.into_requests();
     complete.retain(|seen| seen.complete);
     assert_eq!(complete.len(), served + 1, "got through: {complete:#?}");
 }
@@ -220,12 +220,16 @@ fn a_large_refused_request_ends_its_connection_and_nobody_waits() {
         for _ in 0..20 {
             let mut client = proxy.client();
             let body = "x".repeat(size);
-            let response = client.ask_with("Origin: null\r\n", body).unwrap();
+            let response = client.post("Origin: null\r\n", body).unwrap();
             assert_eq!(response.status(), 403, "{size}");
             if response.head.get("connection") == Some("close") {
-                assert_eq!(client.until_closed().unwrap(), b"", "{size}");
+                assert_eq!(client.read_until_closed().unwrap(), b"", "{size}");
             } else {
-                assert_eq!(client.ask().unwrap().status(), 200, "{size}: the next");
+                assert_eq!(
+                    client.post_default().unwrap().status(),
+                    200,
+                    "{size}: the next"
+                );
             }
         }
     }
@@ -244,21 +248,21 @@ fn a_refused_request_is_not_asked_for_its_body_and_does_not_harm_the_next() {
         let mut client = proxy.client();
         let head = client.post_head(headers).replace("POST", method);
         client.send(head).unwrap();
-        assert_eq!(client.head().unwrap().status(), 403, "no 100 before");
+        assert_eq!(client.read_head().unwrap().status(), 403, "no 100 before");
         if method != "HEAD" {
-            client.rest().unwrap();
+            client.read_rest().unwrap();
         }
         if headers != "Connection: close\r\n" {
-            client.finish_sending();
+            client.shutdown_write();
         }
-        assert_eq!(client.until_closed().unwrap(), b"", "{method}");
+        assert_eq!(client.read_until_closed().unwrap(), b"", "{method}");
     }
     let mut client = proxy.client();
     client.send(request("PUT /v1/responses", "")).unwrap();
-    assert_eq!(client.response().unwrap().status(), 403);
-    assert_eq!(client.ask().unwrap().status(), 200);
+    assert_eq!(client.read_response().unwrap().status(), 403);
+    assert_eq!(client.post_default().unwrap().status(), 200);
     proxy.stop();
-    assert_eq!(upstream.close().len(), 1);
+    assert_eq!(upstream.into_requests().len(), 1);
 }
 
 #[test]
@@ -363,7 +367,7 @@ fn heads_that_are_no_http() {
 
 #[test]
 fn rejection_by_the_http_parser_is_one_log_line_with_reason() {
-    let mut proxy = Launch::new().start();
+    let mut proxy = ProxyCommand::new().start();
     let large = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(70_000));
     for (request, status) in [
         ("what is this\r\n\r\n", 400),
@@ -373,7 +377,7 @@ fn rejection_by_the_http_parser_is_one_log_line_with_reason() {
     ] {
         let mut client = proxy.client();
         let _ = client.send(request);
-        assert_eq!(client.response().unwrap().status(), status);
+        assert_eq!(client.read_response().unwrap().status(), status);
         let status = format!(" status={status} reason=\"");
         proxy.wait_for_request("refused uid=- ", &[&status]);
     }
@@ -381,8 +385,8 @@ fn rejection_by_the_http_parser_is_one_log_line_with_reason() {
     for request in ["GET / HT", ""] {
         let mut client = proxy.client();
         client.send(request).unwrap();
-        client.finish_sending();
-        assert_eq!(client.until_closed().unwrap(), b"");
+        client.shutdown_write();
+        assert_eq!(client.read_until_closed().unwrap(), b"");
     }
     let log = proxy.stop().stderr;
     let refused = log.iter().filter(|line| line.starts_with("refused "));

@@ -18,17 +18,17 @@ use support::*;
 
 #[test]
 fn stdin_is_dev_null_and_neither_descriptors_nor_the_environment_lead_to_the_key() {
-    if !is_root_for("looking at all descriptors and the environment") {
+    if !require_root("looking at all descriptors and the environment") {
         return;
     }
-    let folder = Folder::new();
-    let file = folder.join("key");
+    let dir = TestDir::new();
+    let file = dir.join("key");
     fs::write(&file, format!("{KEY}\n")).unwrap();
-    let from_file = Launch::new().stdin(File::open(&file).unwrap());
-    for launch in [Launch::new(), from_file] {
+    let from_file = ProxyCommand::new().stdin(File::open(&file).unwrap());
+    for command in [ProxyCommand::new(), from_file] {
         // As with `printenv OPENAI_API_KEY | …`: whoever pipes the key in often has it in the environment, too.
-        let launch = launch.env("OPENAI_API_KEY", KEY);
-        let proxy = launch.env("PREFIXED", format!("x{KEY}")).start();
+        let command = command.env("OPENAI_API_KEY", KEY);
+        let proxy = command.env("PREFIXED", format!("x{KEY}")).start();
         let descriptors = format!("/proc/{}/fd", proxy.pid());
         for entry in fs::read_dir(&descriptors).unwrap() {
             let entry = entry.unwrap();
@@ -47,7 +47,7 @@ fn stdin_is_dev_null_and_neither_descriptors_nor_the_environment_lead_to_the_key
 
 #[test]
 fn it_dumps_no_core_and_gains_no_privileges() {
-    let proxy = Launch::new().start();
+    let proxy = ProxyCommand::new().start();
     let core = process(&proxy).limits().unwrap().max_core_file_size;
     let is_none = |limit| matches!(limit, LimitValue::Value(0));
     assert!(is_none(core.soft_limit) && is_none(core.hard_limit));
@@ -90,14 +90,16 @@ fn another_process_of_the_same_user_can_look_at_nothing() {
         }
         command
     };
-    let folder = Folder::new();
-    let program = folder.join("program");
+    let dir = TestDir::new();
+    let program = dir.join("program");
     fs::copy(PROGRAM, &program).unwrap();
     fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-    let proxy = Launch::of(as_other(Command::new(&program))).start();
+    let proxy = ProxyCommand::from_command(as_other(Command::new(&program))).start();
     let mut ordinary = Command::new("cat");
     ordinary.stdin(Stdio::piped());
-    let ordinary = Launch::of(as_other(ordinary)).input_later().spawn();
+    let ordinary = ProxyCommand::from_command(as_other(ordinary))
+        .open_stdin()
+        .spawn();
 
     for what in "mem maps smaps environ auxv stack fd fd/0 ptrace pidfd_getfd".split(' ') {
         let look = |pid| match root {

@@ -35,27 +35,27 @@ fn case(number: usize) -> (&'static str, Option<u16>) {
 /// One that takes more than the sockets on the way do of it, and is ended at the end.
 const STUCK: &str = "an upload that is stuck";
 
-fn stand_in(ended: Told<()>) -> impl Script {
+fn stand_in(ended: SharedReceiver<()>) -> impl Script {
     let all_open = Barrier::new(CONNECTIONS);
-    move |exchange: &mut Exchange<'_>| {
-        let case = exchange.header("x-case");
+    move |request: &mut UpstreamRequest<'_>| {
+        let case = request.header("x-case");
         if case == STUCK {
-            return ended.wait();
+            return ended.recv();
         }
-        if exchange.body()? == b"first" {
+        if request.read_body()? == b"first" {
             // As many connections as clients: none is answered before all are there.
             all_open.wait();
         }
         match case.as_str() {
-            "whole" => exchange.answer("200 OK", "", &[b'.'; 300]),
-            "error" => exchange.answer("401 Unauthorized", "", b"{\"error\":{}}"),
-            "no answer" => exchange.close(),
+            "whole" => request.respond("200 OK", "", &[b'.'; 300]),
+            "error" => request.respond("401 Unauthorized", "", b"{\"error\":{}}"),
+            "no answer" => request.close(),
             "an answer that breaks off" => {
-                exchange.begin_events()?;
-                exchange.chunk("data: one\n\n")?;
-                exchange.cut()
+                request.start_events()?;
+                request.chunk("data: one\n\n")?;
+                request.close_abruptly()
             }
-            _ => exchange.answer_events(&["data: one\n\n", "data: two\n\n"]),
+            _ => request.respond_with_events(&["data: one\n\n", "data: two\n\n"]),
         }
     }
 }
@@ -77,8 +77,11 @@ fn ask(port: u16, requests: usize) -> Client {
             }
             _ => {
                 let body = if number == 0 { "first" } else { "another" };
-                client.post(&headers, body).unwrap();
-                client.response().ok().map(|response| response.status())
+                client.send_post(&headers, body).unwrap();
+                client
+                    .read_response()
+                    .ok()
+                    .map(|response| response.status())
             }
         };
         assert_eq!(status, expected, "{case}");
@@ -103,7 +106,7 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
                 sent.fetch_add(1, SeqCst);
             }
         });
-        wait_until_still(proxy, || sent.load(SeqCst));
+        wait_until_idle(proxy, || sent.load(SeqCst));
         assert!(sent.load(SeqCst) > 0);
         socket.shutdown(std::net::Shutdown::Both).unwrap();
     });
@@ -111,23 +114,23 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
 }
 
 /// Has the proxy do all that there is, this often on each connection, and looks for the key.
-fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(Launch) -> Launch) {
-    if !is_root_for("reading all of the proxy's memory") {
+fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(ProxyCommand) -> ProxyCommand) {
+    if !require_root("reading all of the proxy's memory") {
         return;
     }
-    let (end, ended) = telling();
+    let (end, ended) = channel();
     let upstream = match is_tls {
         true => Upstream::start(stand_in(ended)),
-        false => Upstream::plain(stand_in(ended)),
+        false => Upstream::start_plain(stand_in(ended)),
     };
-    let proxy = more(Launch::to(&upstream)).start();
+    let proxy = more(ProxyCommand::for_upstream(&upstream)).start();
     let port = proxy.port;
     let clients = [(); CONNECTIONS].map(|()| thread::spawn(move || ask(port, requests)));
     // Kept, so that every connection is still there when the memory is read.
     let clients = clients.map(|client| client.join().unwrap());
     get_stuck(&proxy, || end.send(()).unwrap());
-    wait_until_still(&proxy, || 0);
-    let seen = upstream.seen();
+    wait_until_idle(&proxy, || 0);
+    let seen = upstream.requests();
     let bearer = format!("Bearer {KEY}");
     for seen in &seen {
         assert_eq!(seen.head.all("authorization"), [&bearer]);
@@ -172,15 +175,15 @@ fn assert_once_in_memory(proxy: &Proxy) {
 #[test]
 fn after_10_000_requests_the_key_is_in_one_locked_page_and_nowhere_else() {
     // Even a key that is in the environment as well, as with `printenv OPENAI_API_KEY | …`.
-    assert_once(true, 315, |launch| {
-        let launch = launch.env("OPENAI_API_KEY", KEY);
-        launch.env("OTHER", format!("a {KEY} b"))
+    assert_once(true, 315, |command| {
+        let command = command.env("OPENAI_API_KEY", KEY);
+        command.env("OTHER", format!("a {KEY} b"))
     });
 }
 
 #[test]
 fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
-    if !is_root_for("reading all of the proxy's memory") {
+    if !require_root("reading all of the proxy's memory") {
         return;
     }
     for length in [20, 100, 132, 300, 520, 1000, 1017, 3000, 4072] {
@@ -188,11 +191,11 @@ fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
         let letter = |n| char::from(b'a' + (n * n % 251 % 26) as u8);
         let key: String = (0..length).map(letter).collect();
         // With blanks before it, it is moved within its page.
-        let launch = Launch::new().input(format!(" {key}"));
-        let launch = launch
+        let command = ProxyCommand::new().stdin_bytes(format!(" {key}"));
+        let command = command
             .url("https://localhost:9/")
             .env("OPENAI_API_KEY", &key);
-        let proxy = launch.env("ANOTHER", format!("{key}{key}")).start();
+        let proxy = command.env("ANOTHER", format!("{key}{key}")).start();
         proxy.freeze();
         let places = Memory::read(&proxy).find(key.as_bytes()).len();
         assert_eq!(places, 1, "{length} bytes");
@@ -201,24 +204,24 @@ fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
 
 #[test]
 fn neither_dumps_nor_an_upstream_without_tls_leave_it_anywhere_else() {
-    let folder = Folder::new();
-    assert_once(true, 14, |launch| {
-        launch.arg("--dump-dir").arg(folder.join("dumps"))
+    let dir = TestDir::new();
+    assert_once(true, 14, |command| {
+        command.arg("--dump-dir").arg(dir.join("dumps"))
     });
-    assert_once(false, 14, |launch| launch);
+    assert_once(false, 14, |command| command);
 }
 
 #[test]
 fn a_thousand_open_websockets_hold_the_key_once() {
     const TUNNELS: usize = 1_000;
-    if !is_root_for("reading all of the proxy's memory") {
+    if !require_root("reading all of the proxy's memory") {
         return;
     }
     // Both ends are here, and each tunnel may need two descriptors at either.
     raise_descriptor_limit(5_000);
-    let upstream = Upstream::start(|exchange| match exchange.header("x-case").as_str() {
-        "refused" => exchange.answer("401 Unauthorized", "", b""),
-        _ => echo_tunnel(exchange),
+    let upstream = Upstream::start(|request| match request.header("x-case").as_str() {
+        "refused" => request.respond("401 Unauthorized", "", b""),
+        _ => echo_tunnel(request),
     });
     let proxy = start_with_websocket(&upstream);
     let is_after_another = |number: usize| number.is_multiple_of(10);
@@ -240,13 +243,13 @@ fn a_thousand_open_websockets_hold_the_key_once() {
     let mut clients: Vec<_> = (0..TUNNELS).map(begin).collect();
     for (number, client) in clients.iter_mut().enumerate() {
         if is_after_another(number) {
-            assert_eq!(client.response().unwrap().status(), 401);
+            assert_eq!(client.read_response().unwrap().status(), 401);
         }
-        assert_eq!(client.head().unwrap().status(), 101);
-        assert_eq!(client.receive(5).unwrap(), b"early");
+        assert_eq!(client.read_head().unwrap().status(), 101);
+        assert_eq!(client.read_bytes(5).unwrap(), b"early");
     }
-    wait_until_still(&proxy, || 0);
-    let seen = upstream.seen();
+    wait_until_idle(&proxy, || 0);
+    let seen = upstream.requests();
     assert_eq!(seen.len(), TUNNELS + TUNNELS / 10);
     for seen in seen {
         let bearer = format!("Bearer {KEY}");

@@ -28,12 +28,14 @@ fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {
         ("--http-shutdown=KEY", "--help"),
     ] {
         let given = args.replace("KEY", KEY);
-        let launch = Launch::before_the_key().args(given.split(' '));
-        launch.assert_one_sentence(args, 2, &[word]);
+        let command = ProxyCommand::without_key().args(given.split(' '));
+        command.assert_startup_error(args, 2, &[word]);
     }
     let not_utf8 = OsStr::from_bytes(b"https://\xff/");
-    let launch = Launch::before_the_key().arg("--upstream-url").arg(not_utf8);
-    launch.assert_one_sentence("a URL that is not UTF-8", 2, &["--help"]);
+    let command = ProxyCommand::without_key()
+        .arg("--upstream-url")
+        .arg(not_utf8);
+    command.assert_startup_error("a URL that is not UTF-8", 2, &["--help"]);
 }
 
 #[test]
@@ -54,21 +56,21 @@ fn an_unusable_url_or_proxy_is_one_sentence_that_says_where_it_is_and_does_not_r
     ];
     let urls = urls.map(|url| ("--upstream-url", url.as_bytes()));
     for (given, value) in urls.into_iter().chain(proxies) {
-        let launch = Launch::before_the_key();
+        let command = ProxyCommand::without_key();
         let value = OsStr::from_bytes(value);
-        let launch = match given.starts_with('-') {
-            true => launch.arg(given).arg(value),
-            false => launch.url("https://127.0.0.1:9/").env(given, value),
+        let command = match given.starts_with('-') {
+            true => command.arg(given).arg(value),
+            false => command.url("https://127.0.0.1:9/").env(given, value),
         };
         let name = format!("{given} {value:?}");
-        let line = launch.assert_one_sentence(&name, 1, &[given]);
+        let line = command.assert_startup_error(&name, 1, &[given]);
         assert!(!line.contains("hunter2"), "{name}: {line}");
     }
 }
 
 #[test]
 fn an_unusable_ca_file_is_one_sentence_that_names_it() {
-    let folder = Folder::new();
+    let dir = TestDir::new();
     let pem = |what: &str, inside: &str| {
         format!("-----BEGIN {what}-----\n{inside}\n-----END {what}-----\n").into_bytes()
     };
@@ -82,32 +84,32 @@ fn an_unusable_ca_file_is_one_sentence_that_names_it() {
         ("a key", pem("PRIVATE KEY", "aGVsbG8=")),
     ];
     for (name, content) in &cases {
-        fs::write(folder.join(name), content).unwrap();
+        fs::write(dir.join(name), content).unwrap();
     }
-    let files = cases.map(|(name, _)| folder.join(name)).into_iter();
-    for path in files.chain([folder.join("none"), folder.to_owned()]) {
-        let flag = Launch::before_the_key().arg("--upstream-ca").arg(&path);
-        let variable = |name| Launch::before_the_key().env(name, &path);
-        for (source, launch) in [
+    let files = cases.map(|(name, _)| dir.join(name)).into_iter();
+    for path in files.chain([dir.join("none"), dir.to_owned()]) {
+        let flag = ProxyCommand::without_key().arg("--upstream-ca").arg(&path);
+        let variable = |name| ProxyCommand::without_key().env(name, &path);
+        for (source, command) in [
             ("--upstream-ca", flag),
             ("CODEX_CA_CERTIFICATE", variable("CODEX_CA_CERTIFICATE")),
             ("SSL_CERT_FILE", variable("SSL_CERT_FILE")),
         ] {
             let path = path.to_str().unwrap();
-            launch.assert_one_sentence(path, 1, &[source, path]);
+            command.assert_startup_error(path, 1, &[source, path]);
         }
     }
 }
 
 #[test]
 fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
-    let folder = Folder::new();
-    fs::write(folder.join("file"), "").unwrap();
-    fs::create_dir(folder.join("folder")).unwrap();
+    let dir = TestDir::new();
+    fs::write(dir.join("file"), "").unwrap();
+    fs::create_dir(dir.join("dir")).unwrap();
     let nobody_can = Path::new("/proc/codex-responses-proxy/info.json");
-    let fifo = folder.join("fifo");
+    let fifo = dir.join("fifo");
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
-    let ours = ["file/info.json", "folder", "fifo"].map(|name| folder.join(name));
+    let ours = ["file/info.json", "dir", "fifo"].map(|name| dir.join(name));
     let devices = ["/dev/null", "/dev/stdout", "/dev/info.json", "/"].map(PathBuf::from);
     let all = ours.iter().chain(&devices).map(PathBuf::as_path);
     for path in all.chain([nobody_can]) {
@@ -115,11 +117,11 @@ fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
             skip("a place where nobody can write", "no /proc here");
             continue;
         }
-        let launch = Launch::before_the_key().arg("--server-info").arg(path);
+        let command = ProxyCommand::without_key().arg("--server-info").arg(path);
         let path = path.to_str().unwrap();
-        launch.assert_one_sentence(path, 1, &[path]);
+        command.assert_startup_error(path, 1, &[path]);
     }
-    let left = fs::read_dir(&*folder).unwrap().count();
+    let left = fs::read_dir(&*dir).unwrap().count();
     assert_eq!(left, 3, "nothing is left behind");
     assert!(fifo.metadata().unwrap().file_type().is_fifo());
     assert!(devices[0].metadata().unwrap().file_type().is_char_device());
@@ -129,8 +131,8 @@ fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
 fn a_port_that_is_taken_is_one_sentence_that_names_it() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    let launch = Launch::before_the_key().args(["--port", &port]);
-    launch.assert_one_sentence("a taken port", 1, &[&port]);
+    let command = ProxyCommand::without_key().args(["--port", &port]);
+    command.assert_startup_error("a taken port", 1, &[&port]);
 }
 
 #[test]
@@ -138,9 +140,9 @@ fn no_proxy_is_read_only_with_a_proxy_and_what_it_cannot_say_is_one_line() {
     let upstream = Upstream::start(ok);
     let usual = "*.local, 169.254/16, [::1], localhost:8080, x*, localhost";
     for proxy in ["", "http://127.0.0.1:9"] {
-        let launch = Launch::to(&upstream).env("ALL_PROXY", proxy);
-        let mut running = launch.env("NO_PROXY", usual).start();
-        assert_eq!(running.ask().status(), 200, "{proxy}");
+        let command = ProxyCommand::for_upstream(&upstream).env("ALL_PROXY", proxy);
+        let mut running = command.env("NO_PROXY", usual).start();
+        assert_eq!(running.post_default().status(), 200, "{proxy}");
         running.wait_for_request("request ", &["status=200"]);
         let mut named = running.log.clone();
         named.retain(|line| line.contains("NO_PROXY"));
@@ -156,8 +158,8 @@ fn upstream_user_that_cannot_apply_is_one_sentence() {
         ("https://localhost/", "0"),
         ("http://localhost/", "no-such-user-here"),
     ] {
-        let launch = Launch::before_the_key().url(url);
-        let launch = launch.args(["--upstream-user", user]);
-        launch.assert_one_sentence(url, 1, &["--upstream-user"]);
+        let command = ProxyCommand::without_key().url(url);
+        let command = command.args(["--upstream-user", user]);
+        command.assert_startup_error(url, 1, &["--upstream-user"]);
     }
 }

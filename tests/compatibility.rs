@@ -13,7 +13,7 @@ use support::*;
 use tungstenite::{Message, WebSocket, protocol::Role};
 
 fn with_info_file(file: &Path) -> Proxy {
-    Launch::new().arg("--server-info").arg(file).start()
+    ProxyCommand::new().arg("--server-info").arg(file).start()
 }
 
 fn assert_info(file: &Path, proxy: &Proxy) {
@@ -23,8 +23,8 @@ fn assert_info(file: &Path, proxy: &Proxy) {
 
 #[test]
 fn the_info_file_is_one_line_of_json_and_goes_with_a_clean_exit_if_it_is_still_ours() {
-    let folder = Folder::new();
-    let file = folder.join("made/on/the/way/info.json");
+    let dir = TestDir::new();
+    let file = dir.join("made/on/the/way/info.json");
     let others = "{\"port\":1,\"pid\":1}\n";
     let is_emptied = cfg!(target_os = "linux") && geteuid().is_root();
     for is_ours in [true, false] {
@@ -46,8 +46,8 @@ fn the_info_file_is_one_line_of_json_and_goes_with_a_clean_exit_if_it_is_still_o
 
 #[test]
 fn a_link_or_an_earlier_file_where_the_info_file_goes_is_replaced_and_not_followed() {
-    let folder = Folder::new();
-    let (file, precious) = (folder.join("info.json"), folder.join("precious"));
+    let dir = TestDir::new();
+    let (file, precious) = (dir.join("info.json"), dir.join("precious"));
     fs::write(&precious, "untouched").unwrap();
     symlink(&precious, &file).unwrap();
     let proxy = with_info_file(&file);
@@ -64,9 +64,9 @@ fn a_link_or_an_earlier_file_where_the_info_file_goes_is_replaced_and_not_follow
 struct ReadOnly<'a>(&'a Path);
 
 impl<'a> ReadOnly<'a> {
-    fn new(folder: &'a Path) -> Self {
-        fs::set_permissions(folder, Permissions::from_mode(0o555)).unwrap();
-        Self(folder)
+    fn new(dir: &'a Path) -> Self {
+        fs::set_permissions(dir, Permissions::from_mode(0o555)).unwrap();
+        Self(dir)
     }
 }
 
@@ -86,29 +86,29 @@ fn write_shared(file: &Path, content: &str) {
 fn info_file_in_read_only_directory_is_written_in_place() {
     let what = "an info file in a read-only directory";
     for before in ["", &"{\"port\":1,\"pid\":1}\n".repeat(100)] {
-        let folder = Folder::new();
-        let file = folder.join("info.json");
+        let dir = TestDir::new();
+        let file = dir.join("info.json");
         write_shared(&file, before);
         let inode = fs::metadata(&file).unwrap().ino();
-        let _read_only = ReadOnly::new(&folder);
-        let Some(launch) = unprivileged(what, Launch::new) else {
+        let _read_only = ReadOnly::new(&dir);
+        let Some(command) = unprivileged(what, ProxyCommand::new) else {
             return;
         };
-        let proxy = launch.arg("--server-info").arg(&file).start();
+        let proxy = command.arg("--server-info").arg(&file).start();
         assert_info(&file, &proxy);
         assert_eq!(fs::metadata(&file).unwrap().ino(), inode);
         // As the action does once the file is there.
         fs::set_permissions(&file, Permissions::from_mode(0o444)).unwrap();
         assert_eq!(proxy.stop().status.code(), Some(0));
         assert_eq!(fs::read_to_string(&file).unwrap(), "", "it is emptied");
-        assert_eq!(fs::read_dir(&*folder).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(&*dir).unwrap().count(), 1);
     }
 }
 
 #[test]
 fn info_file_that_others_rewrote_in_place_is_left_alone() {
-    let folder = Folder::new();
-    let file = folder.join("info.json");
+    let dir = TestDir::new();
+    let file = dir.join("info.json");
     let proxy = with_info_file(&file);
     let theirs = format!("{} ", fs::read_to_string(&file).unwrap());
     fs::write(&file, &theirs).unwrap();
@@ -118,25 +118,25 @@ fn info_file_that_others_rewrote_in_place_is_left_alone() {
 
 #[test]
 fn links_in_read_only_directory_are_not_written_through() {
-    let folder = Folder::new();
-    let victim = folder.join("victim");
-    let outside = Folder::new();
+    let dir = TestDir::new();
+    let victim = dir.join("victim");
+    let outside = TestDir::new();
     let linked = outside.join("linked");
     for file in [&victim, &linked] {
         write_shared(file, "untouched");
     }
-    symlink(&victim, folder.join("symbolic")).unwrap();
-    if fs::hard_link(&linked, folder.join("hard")).is_err() {
+    symlink(&victim, dir.join("symbolic")).unwrap();
+    if fs::hard_link(&linked, dir.join("hard")).is_err() {
         skip("a hard link", "another file system");
     }
-    let _read_only = ReadOnly::new(&folder);
+    let _read_only = ReadOnly::new(&dir);
     for name in ["symbolic", "hard", "missing"] {
-        let path = folder.join(name);
-        let Some(launch) = unprivileged("links", Launch::before_the_key) else {
+        let path = dir.join(name);
+        let Some(command) = unprivileged("links", ProxyCommand::without_key) else {
             return;
         };
-        let launch = launch.arg("--server-info").arg(&path);
-        launch.assert_one_sentence(name, 1, &[path.to_str().unwrap()]);
+        let command = command.arg("--server-info").arg(&path);
+        command.assert_startup_error(name, 1, &[path.to_str().unwrap()]);
     }
     for file in [&victim, &linked] {
         assert_eq!(fs::read_to_string(file).unwrap(), "untouched");
@@ -146,24 +146,26 @@ fn links_in_read_only_directory_are_not_written_through() {
 #[cfg(target_os = "linux")]
 #[test]
 fn info_file_mounted_into_a_container_is_written_in_place() {
-    let folder = Folder::new();
-    let (source, file) = (folder.join("source"), folder.join("info.json"));
+    let dir = TestDir::new();
+    let (source, file) = (dir.join("source"), dir.join("info.json"));
     write_shared(&source, "");
     write_shared(&file, "");
-    let launch = Launch::new().arg("--server-info").arg(&file);
+    let command = ProxyCommand::new().arg("--server-info").arg(&file);
     let mounts = vec![Mount::File(source.clone(), file)];
-    if let Some(proxy) = start_with_mounts("a mounted info file", launch, mounts) {
+    if let Some(proxy) = start_with_mounts("a mounted info file", command, mounts) {
         assert_info(&source, &proxy);
         assert_eq!(proxy.stop().status.code(), Some(0));
         assert_eq!(fs::read_to_string(&source).unwrap(), "");
-        assert_eq!(fs::read_dir(&*folder).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(&*dir).unwrap().count(), 2);
     }
 }
 
 #[test]
 fn it_listens_on_the_port_that_it_is_given_and_on_loopback_only() {
-    let port = free_port();
-    let proxy = Launch::new().args(["--port", &port.to_string()]).start();
+    let port = unused_port();
+    let proxy = ProxyCommand::new()
+        .args(["--port", &port.to_string()])
+        .start();
     let line = proxy.log.last().unwrap();
     assert_eq!(line, &format!("listening on http://127.0.0.1:{port}"));
     // Elsewhere, the kernel has no answer at such an address.
@@ -183,7 +185,7 @@ fn help_and_version_need_no_key() {
         ("-V", env!("CARGO_PKG_VERSION")),
     ] {
         // Whoever asks for help at a prompt types nothing: stdin stays open.
-        let help = Launch::new().input_later().arg(flag).spawn();
+        let help = ProxyCommand::new().open_stdin().arg(flag).spawn();
         let run = help.wait();
         assert_eq!(run.status.code(), Some(0), "{flag}: {run:?}");
         assert_eq!(run.stderr, [""; 0], "{flag}");
@@ -199,13 +201,13 @@ const REFUSED: &str = "POST /v1/responses?|POST /v1/responses?a=b|POST /v1/respo
     GET /v1/models|POST /v1/chat/completions|POST /shutdown|GET /shutdown";
 
 /// The program does what codex-cli 0.169.0 did.
-fn assert_does_the_same(program: impl Fn() -> Launch) {
-    let upstream = Upstream::plain(ok);
-    let folder = Folder::new();
-    let file = folder.join("info/server.json");
-    let launch = |input: &str| {
-        let launch = program().url(&upstream.url()).input(input);
-        launch.arg("--server-info").arg(&file)
+fn assert_does_the_same(program: impl Fn() -> ProxyCommand) {
+    let upstream = Upstream::start_plain(ok);
+    let dir = TestDir::new();
+    let file = dir.join("info/server.json");
+    let command = |input: &str| {
+        let command = program().url(&upstream.url()).stdin_bytes(input);
+        command.arg("--server-info").arg(&file)
     };
     for (key, end) in [
         ("sk-a", ""),
@@ -213,25 +215,25 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
         ("sk-c", "\r\n"),
         ("k_Z-09", "\n"),
     ] {
-        let launch = launch(&format!("{key}{end}"));
-        let proxy = launch.arg("--http-shutdown").start();
+        let command = command(&format!("{key}{end}"));
+        let proxy = command.arg("--http-shutdown").start();
         let mut client = proxy.client();
-        let response = client.ask_with("Authorization: Bearer theirs\r\n", "{}");
+        let response = client.post("Authorization: Bearer theirs\r\n", "{}");
         assert_eq!(response.unwrap().status(), 200, "{key}");
-        let head = upstream.seen().pop().unwrap().head;
+        let head = upstream.requests().pop().unwrap().head;
         assert_eq!(head.all("authorization"), [format!("Bearer {key}")]);
         let status = proxy.client().status_of("GET /shutdown").unwrap();
         let code = proxy.wait().status.code();
         assert_eq!((status, code), (200, Some(0)), "{key}");
     }
 
-    let proxy = launch("sk-requests").start();
+    let proxy = command("sk-requests").start();
     let refused = REFUSED.split('|').map(|line| (line, 403));
     for (line, expected) in refused.chain([("POST /v1/responses", 200)]) {
         let mut client = proxy.client();
         let head = format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n");
         client.send(head).unwrap();
-        assert_eq!(client.response().unwrap().status(), expected, "{line}");
+        assert_eq!(client.read_response().unwrap().status(), expected, "{line}");
     }
     let info = fs::read_to_string(&file).unwrap();
     let json: Value = serde_json::from_str(&info).unwrap();
@@ -242,9 +244,9 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
     // codex-action's `unprivileged-user` strategy.
     let _read_only = ReadOnly::new(file.parent().unwrap());
     write_shared(&file, "");
-    if let Some(launch) = unprivileged("an info file in a read-only directory", &program) {
-        let launch = launch.url(&upstream.url()).input("sk-a");
-        let proxy = launch.arg("--server-info").arg(&file).start();
+    if let Some(command) = unprivileged("an info file in a read-only directory", &program) {
+        let command = command.url(&upstream.url()).stdin_bytes("sk-a");
+        let proxy = command.arg("--server-info").arg(&file).start();
         let info = fs::read_to_string(&file).unwrap();
         assert!(
             info.contains(&format!("\"port\":{},", proxy.port)),
@@ -253,13 +255,13 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
     }
 
     let tls = Upstream::start(ok);
-    let ca = tls.authority().unwrap();
+    let ca = tls.ca_file().unwrap();
     let socks = ("all_proxy", "socks5://127.0.0.1:9".as_ref());
     for (name, value) in [("SSL_CERT_FILE", ca.as_os_str()), socks] {
         let upstream = if name == socks.0 { &upstream } else { &tls };
-        let launch = program().url(&upstream.url()).env(name, value);
-        let launch = launch.env("NO_PROXY", "localhost");
-        assert_eq!(launch.start().ask().status(), 200, "{name}");
+        let command = program().url(&upstream.url()).env(name, value);
+        let command = command.env("NO_PROXY", "localhost");
+        assert_eq!(command.start().post_default().status(), 200, "{name}");
     }
 
     let long = "k".repeat(2000);
@@ -275,23 +277,23 @@ fn assert_does_the_same(program: impl Fn() -> Launch) {
         ("sk-a", "--upstream-url /no", 1),
         ("sk-a", "--help", 0),
     ] {
-        let launch = program().input(input).args(args.split_whitespace());
-        let code = launch.finish().status.code();
+        let command = program().stdin_bytes(input).args(args.split_whitespace());
+        let code = command.run().status.code();
         assert_eq!(code, Some(expected), "{input:?} {args}");
     }
 }
 
 #[test]
 fn openais_own_does_the_same() {
-    assert_does_the_same(Launch::new);
-    let Some(codex) = codex() else {
+    assert_does_the_same(ProxyCommand::new);
+    let Some(codex) = find_codex() else {
         let why = "no `codex` on PATH, nor named by CODEX: compared with what was recorded";
         return skip("running OpenAI's own", why);
     };
-    let home = Folder::new();
+    let home = TestDir::new();
     assert_does_the_same(|| {
-        let launch = Launch::of(Command::new(&codex)).arg("responses-api-proxy");
-        launch.env("CODEX_HOME", &*home)
+        let command = ProxyCommand::from_command(Command::new(&codex)).arg("responses-api-proxy");
+        command.env("CODEX_HOME", &*home)
     });
 }
 
@@ -300,18 +302,18 @@ const QUESTION: &str = "Where does the key stay?";
 
 /// Runs Codex with a provider that is the proxy and has these settings, too; what it prints.
 fn run(codex: &str, proxy: &Proxy, settings: &str) -> String {
-    let home = Folder::new();
+    let home = TestDir::new();
     let mut command = Command::new(codex);
     command.env_clear();
     let url = format!("http://127.0.0.1:{}/v1", proxy.port);
     let wire_api = "wire_api = 'responses'";
     let provider = format!("{{ name = 'proxy', base_url = '{url}', {wire_api}{settings} }}");
-    let launch = Launch::of(command).env("PATH", env::var_os("PATH").unwrap());
-    let launch = launch.env("HOME", &*home).env("CODEX_HOME", &*home);
-    let launch = launch.args(["exec", "--skip-git-repo-check", QUESTION]);
-    let launch = launch.args(["-c", "model_provider=\"proxy\"", "-c"]);
-    let launch = launch.arg(format!("model_providers.proxy={provider}"));
-    let run = launch.in_folder(&home).input("").finish();
+    let command = ProxyCommand::from_command(command).env("PATH", env::var_os("PATH").unwrap());
+    let command = command.env("HOME", &*home).env("CODEX_HOME", &*home);
+    let command = command.args(["exec", "--skip-git-repo-check", QUESTION]);
+    let command = command.args(["-c", "model_provider=\"proxy\"", "-c"]);
+    let command = command.arg(format!("model_providers.proxy={provider}"));
+    let run = command.current_dir(&home).stdin_bytes("").run();
     assert!(run.status.success(), "{run:#?}");
     run.stdout.trim().to_owned()
 }
@@ -323,7 +325,7 @@ fn replay(proxy: &Proxy) -> String {
     let body = json!({ "model": "any", "input": [message], "stream": true, "store": false });
     let types = "Accept: text/event-stream\r\nContent-Type: application/json\r\n";
     let headers = format!("{types}Originator: codex_exec\r\n");
-    let answer = client.ask_with(&headers, body.to_string()).unwrap();
+    let answer = client.post(&headers, body.to_string()).unwrap();
     let answer = String::from_utf8(answer.body).unwrap();
     let lines = answer.lines();
     let data = lines.filter_map(|line| line.strip_prefix("data: ")?.parse::<Value>().ok());
@@ -333,11 +335,11 @@ fn replay(proxy: &Proxy) -> String {
 
 #[test]
 fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
-    let (upstream, mut proxy) = serve(|exchange| {
-        exchange.body()?;
-        exchange.answer_events(&events(&WORDS))
+    let (upstream, mut proxy) = serve(|request| {
+        request.read_body()?;
+        request.respond_with_events(&events(&WORDS))
     });
-    let printed = match codex() {
+    let printed = match find_codex() {
         Some(codex) => run(&codex, &proxy, ""),
         None => {
             let why = "no `codex` on PATH, nor named by CODEX: what it sent is replayed";
@@ -350,7 +352,7 @@ fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
     let log = proxy.stop().stderr;
     let refused = log.iter().any(|line| line.starts_with("refused "));
     assert!(!refused, "{log:#?}");
-    let seen = upstream.close();
+    let seen = upstream.into_requests();
     assert!(!seen.is_empty());
     for seen in seen {
         assert_eq!(seen.head.start, "POST /v1/responses HTTP/1.1");
@@ -362,8 +364,8 @@ fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
 }
 
 /// Speaks the Responses API over a WebSocket, and tells what it was asked.
-fn respond(exchange: &mut Exchange<'_>, tell: &Sender<Value>) -> io::Result<()> {
-    let mut socket = exchange.websocket()?;
+fn respond(request: &mut UpstreamRequest<'_>, tell: &Sender<Value>) -> io::Result<()> {
+    let mut socket = request.websocket()?;
     while let Some((request, events)) = next_request(&mut socket, &WORDS) {
         for event in events {
             socket.send(event).map_err(io::Error::other)?;
@@ -398,10 +400,10 @@ fn replay_websocket(proxy: &Proxy) -> String {
 
 #[test]
 fn codex_streams_over_a_websocket_through_the_proxy() {
-    let (tell, told) = telling();
-    let upstream = Upstream::start(move |exchange| respond(exchange, &tell));
+    let (tell, told) = channel();
+    let upstream = Upstream::start(move |request| respond(request, &tell));
     let mut proxy = start_with_websocket(&upstream);
-    let printed = match codex() {
+    let printed = match find_codex() {
         Some(codex) => run(&codex, &proxy, ", supports_websockets = true"),
         None => {
             let why = "no `codex` on PATH, nor named by CODEX: its handshake is replayed";
@@ -410,7 +412,7 @@ fn codex_streams_over_a_websocket_through_the_proxy() {
         }
     };
     assert_eq!(printed, WORDS.concat());
-    let [first, second] = [(); 2].map(|()| told.wait().unwrap());
+    let [first, second] = [(); 2].map(|()| told.recv().unwrap());
     assert_eq!(first["generate"], false);
     assert!(second.to_string().contains(QUESTION), "{second}");
     let line = proxy.wait_for_request("request ", &[" status=101 "]);
@@ -418,7 +420,7 @@ fn codex_streams_over_a_websocket_through_the_proxy() {
     let log = proxy.stop().stderr;
     let refused = log.iter().any(|line| line.starts_with("refused "));
     assert!(!refused, "{log:#?}");
-    let [seen] = upstream.close().try_into().expect("one handshake");
+    let [seen] = upstream.into_requests().try_into().expect("one handshake");
     assert_eq!(seen.head.start, "GET /v1/responses HTTP/1.1");
     assert_eq!(seen.head.all("authorization"), [format!("Bearer {KEY}")]);
     let beta = seen.head.get("openai-beta").unwrap_or_default();
@@ -427,17 +429,17 @@ fn codex_streams_over_a_websocket_through_the_proxy() {
 
 #[test]
 fn codex_falls_back_to_post_at_once_where_bodies_are_dumped() {
-    let Some(codex) = codex() else {
+    let Some(codex) = find_codex() else {
         let why = "no `codex` on PATH, nor named by CODEX";
         return skip("running Codex with --websocket and --dump-dir", why);
     };
-    let upstream = Upstream::start(|exchange| {
-        exchange.body()?;
-        exchange.answer_events(&events(&WORDS))
+    let upstream = Upstream::start(|request| {
+        request.read_body()?;
+        request.respond_with_events(&events(&WORDS))
     });
-    let folder = Folder::new();
-    let launch = Launch::to(&upstream).args(["--websocket", "--dump-dir"]);
-    let mut proxy = launch.arg(folder.join("dumps")).start();
+    let dir = TestDir::new();
+    let command = ProxyCommand::for_upstream(&upstream).args(["--websocket", "--dump-dir"]);
+    let mut proxy = command.arg(dir.join("dumps")).start();
     let printed = run(&codex, &proxy, ", supports_websockets = true");
     assert_eq!(printed, WORDS.concat());
     // One handshake, and then no more of them.
