@@ -47,6 +47,12 @@ pub(crate) fn serve(script: impl Script) -> (Upstream, Proxy) {
     (upstream, proxy)
 }
 
+/// The case with this name in a table of named cases.
+pub(crate) fn find_case<T: Copy>(cases: &[(&str, T)], name: &str) -> T {
+    let case = cases.iter().find(|(other, _)| *other == name);
+    case.unwrap_or_else(|| panic!("no case {name:?}")).1
+}
+
 /// Reports why a test, or a part of one, cannot run here.
 pub(crate) fn skip(what: &str, why: &str) {
     // Not `eprintln!`: the test harness captures its output and discards it for a passing test.
