@@ -88,7 +88,7 @@ mod linux {
         let bodies: Vec<_> = upstream
             .requests()
             .into_iter()
-            .map(|seen| seen.body)
+            .map(|recorded| recorded.body)
             .collect();
         assert_eq!(bodies, [b"{}"; 4]);
     }

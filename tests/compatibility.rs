@@ -352,12 +352,15 @@ fn codex_without_a_key_prints_what_it_streamed_through_the_proxy() {
     let log = proxy.stop().stderr;
     let refused = log.iter().any(|line| line.starts_with("refused "));
     assert!(!refused, "{log:#?}");
-    let seen = upstream.into_requests();
-    assert!(!seen.is_empty());
-    for seen in seen {
-        assert_eq!(seen.head.start, "POST /v1/responses HTTP/1.1");
-        assert_eq!(seen.head.all("authorization"), [format!("Bearer {KEY}")]);
-        let body: Value = serde_json::from_slice(&seen.body).unwrap();
+    let recorded = upstream.into_requests();
+    assert!(!recorded.is_empty());
+    for recorded in recorded {
+        assert_eq!(recorded.head.start, "POST /v1/responses HTTP/1.1");
+        assert_eq!(
+            recorded.head.all("authorization"),
+            [format!("Bearer {KEY}")]
+        );
+        let body: Value = serde_json::from_slice(&recorded.body).unwrap();
         assert_eq!(body["stream"], true);
         assert!(body.to_string().contains(QUESTION), "{body}");
     }
@@ -420,10 +423,13 @@ fn codex_streams_over_a_websocket_through_the_proxy() {
     let log = proxy.stop().stderr;
     let refused = log.iter().any(|line| line.starts_with("refused "));
     assert!(!refused, "{log:#?}");
-    let [seen] = upstream.into_requests().try_into().expect("one handshake");
-    assert_eq!(seen.head.start, "GET /v1/responses HTTP/1.1");
-    assert_eq!(seen.head.all("authorization"), [format!("Bearer {KEY}")]);
-    let beta = seen.head.get("openai-beta").unwrap_or_default();
+    let [recorded] = upstream.into_requests().try_into().expect("one handshake");
+    assert_eq!(recorded.head.start, "GET /v1/responses HTTP/1.1");
+    assert_eq!(
+        recorded.head.all("authorization"),
+        [format!("Bearer {KEY}")]
+    );
+    let beta = recorded.head.get("openai-beta").unwrap_or_default();
     assert!(beta.starts_with("responses_websockets="), "{beta}");
 }
 

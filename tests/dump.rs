@@ -154,14 +154,14 @@ fn a_body_is_json_where_it_is_that_and_text_where_it_is_not() {
 
 #[test]
 fn what_breaks_off_is_dumped_as_far_as_it_came() {
-    let (go_on, held) = channel();
+    let (release, released) = channel();
     let (tell, told) = channel();
     let dumping = Dumping::new(move |request| {
         let breaks = request.read_body()? == b"breaks";
         request.start_events()?;
         request.chunk("data: 1\n\n")?;
         if breaks {
-            held.recv()?;
+            released.recv()?;
             return request.close_abruptly();
         }
         tell.send(request.wait_until_closed().is_ok()).unwrap();
@@ -174,7 +174,7 @@ fn what_breaks_off_is_dumped_as_far_as_it_came() {
         client.read_head().unwrap();
         client.read_part().unwrap();
         if body == "breaks" {
-            go_on.send(()).unwrap();
+            release.send(()).unwrap();
             client.read_rest().unwrap_err();
             continue;
         }
@@ -301,13 +301,13 @@ mod little_room {
         const STREAMS: usize = 6;
         const LENGTH: usize = 15 << 20;
         let (tell, told) = channel();
-        let (go_on, held) = channel();
+        let (release, released) = channel();
         let dumping = Dumping::new(move |request| {
             request.read_body()?;
             request.start_events()?;
             request.chunk(vec![b'x'; LENGTH])?;
             tell.send(()).unwrap();
-            held.recv()?;
+            released.recv()?;
             request.chunk("")
         });
         let mut proxy = dumping.command().start();
@@ -318,7 +318,7 @@ mod little_room {
         // All six wait for their end with 15 MiB each, of which four have room together.
         (0..STREAMS).for_each(|_| told.recv().unwrap());
         proxy.wait_for_line(|line| line.contains("is not written: dump buffer full"));
-        (0..STREAMS).for_each(|_| go_on.send(()).unwrap());
+        (0..STREAMS).for_each(|_| release.send(()).unwrap());
         for client in clients {
             assert_eq!(client.join().unwrap(), LENGTH);
         }

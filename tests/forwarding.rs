@@ -1,88 +1,93 @@
-//! What is forwarded is forwarded faithfully: headers, lengths, bodies and statuses, both ways, and nothing is added.
+//! Headers, framing, bodies and statuses are forwarded without change in both directions, except for hop-by-hop fields.
 
 mod support;
 
 use std::sync::OnceLock;
 use support::*;
 
-/// What reaches the upstream of a request with these header lines, and this behind them: its headers, but for those
-/// that every proxied one has of its own, and its body.
+/// Forwards a request with these header lines and these bytes after its head. Returns what the upstream received, and
+/// its header fields except `Authorization` and `Host`, which are checked here.
 fn forward(headers: &str, rest: &str) -> (String, RecordedRequest) {
     let (upstream, proxy) = serve(ok);
     let mut client = proxy.client();
     client.send(client.post_head(headers) + rest).unwrap();
     assert_eq!(client.read_response().unwrap().status(), 200, "{headers}");
-    let seen = upstream.single_request();
+    let recorded = upstream.single_request();
     let key = format!("authorization: Bearer {KEY}");
     let host = format!("host: localhost:{}", upstream.port);
-    let mut lines = seen.head.sorted();
-    assert!(seen.complete && lines.contains(&key) && lines.contains(&host));
+    let mut lines = recorded.head.sorted();
+    assert!(recorded.complete && lines.contains(&key) && lines.contains(&host));
     lines.retain(|line| *line != key && *line != host);
-    assert_eq!(seen.head.start, "POST /v1/responses HTTP/1.1");
-    (lines.join("\n"), seen)
+    assert_eq!(recorded.head.start, "POST /v1/responses HTTP/1.1");
+    (lines.join("\n"), recorded)
 }
 
 #[test]
-fn end_to_end_headers_go_up_as_they_came_and_no_others() {
-    let as_they_came = (
+fn request_headers_are_forwarded_without_hop_by_hop_fields() {
+    let end_to_end = (
         "User-Agent: codex/1.0\r\nAccept: text/event-stream\r\nAccept-Encoding: gzip, br\r\n\
          Content-Type: application/json\r\nCookie: a=b\r\nX-Repeated: 1\r\nX-Between: 2\r\nX-Repeated: 3\r\n\
          x-repeated: 1\r\nX-Empty:\r\nX-Blanks: \t a  b \t\r\nX-Latin: caf\u{e9}\r\nX-List: a, b,,c\r\n\
          OpenAI-Organization: org\r\nForwarded: for=mine\r\nX-Forwarded-For: mine\r\nVia: 1.1 mine\r\n\
          Date: Tue, 15 Nov 1994 08:12:31 GMT\r\nIdempotency-Key: k\r\nX_Under_Score: u\r\nProxy-Status: fine\r\n",
-        // The é is written as UTF-8, so two bytes.
+        // The é is encoded as UTF-8, in two bytes.
         "accept: text/event-stream\naccept-encoding: gzip, br\ncontent-length: 2\n\
          content-type: application/json\ncookie: a=b\ndate: Tue, 15 Nov 1994 08:12:31 GMT\nforwarded: for=mine\n\
          idempotency-key: k\nopenai-organization: org\nproxy-status: fine\nuser-agent: codex/1.0\nvia: 1.1 mine\n\
          x-between: 2\nx-blanks: a  b\nx-empty: \nx-forwarded-for: mine\nx-latin: caf\u{c3}\u{a9}\n\
          x-list: a, b,,c\nx-repeated: 1\nx-repeated: 3\nx-repeated: 1\nx_under_score: u",
     );
-    let of_one_connection = (
+    let hop_by_hop = (
         "Connection: keep-alive, X-Named ,x-also\r\nConnection: X-Second-Line\r\nKeep-Alive: timeout=5\r\n\
          Proxy-Connection: keep-alive\r\nProxy-Authorization: Basic x\r\nProxy-Authenticate: Basic\r\n\
          TE: trailers\r\nTrailer: X-Trailer\r\nX-Named: 1\r\nX-Named: 2\r\nX-Also: 1\r\nX-Second-Line: 1\r\n\
          X-Kept: 1\r\n",
         "content-length: 2\nx-kept: 1",
     );
-    // Neither `Connection` nor the client's own take the place of the key.
+    // Neither `Connection` nor the client's `Authorization` can remove the key.
     let names = "Connection: authorization, host, content-length, close\r\n";
     let own = "Authorization: Bearer theirs\r\nauthorization: Basic too\r\n";
     let nothing = "content-length: 2";
     for (headers, expected) in [
         ("", nothing),
-        as_they_came,
-        of_one_connection,
+        end_to_end,
+        hop_by_hop,
         (names, nothing),
         (own, nothing),
     ] {
         let headers = format!("{headers}Content-Length: 2\r\n");
-        let (lines, seen) = forward(&headers, "{}");
+        let (lines, recorded) = forward(&headers, "{}");
         assert_eq!(lines, expected, "{headers}");
-        assert_eq!(seen.body, b"{}", "{headers}");
+        assert_eq!(recorded.body, b"{}", "{headers}");
     }
 }
 
 #[test]
-fn a_known_length_stays_one_and_chunks_stay_chunks() {
+fn request_framing_is_preserved() {
     let chunks = "2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n";
-    let others = "005;a=b\r\nhello\r\n000\r\nX-Trailer: t\r\n\r\n";
+    let unusual_chunks = "005;a=b\r\nhello\r\n000\r\nX-Trailer: t\r\n\r\n";
     use Framing::{Chunked, Length};
     for (header, rest, framing, body) in [
         ("Content-Length: 5\r\n", "hello", Length(5), "hello"),
         ("Content-Length: 0\r\n", "", Length(0), ""),
         ("Transfer-Encoding: chunked\r\n", chunks, Chunked, "hello"),
-        ("transfer-encoding: CHUNKED\r\n", others, Chunked, "hello"),
+        (
+            "transfer-encoding: CHUNKED\r\n",
+            unusual_chunks,
+            Chunked,
+            "hello",
+        ),
         ("", "", Length(0), ""),
     ] {
-        let (lines, seen) = forward(header, rest);
+        let (lines, recorded) = forward(header, rest);
         assert!(lines.lines().count() <= 1, "{header:?}: {lines}");
-        assert_eq!(seen.framing, framing, "{header:?}");
-        assert_eq!(seen.body, body.as_bytes(), "{header:?}");
+        assert_eq!(recorded.framing, framing, "{header:?}");
+        assert_eq!(recorded.body, body.as_bytes(), "{header:?}");
     }
 }
 
 #[test]
-fn a_client_that_expects_100_continue_gets_it_before_its_body() {
+fn client_gets_100_continue_before_it_sends_its_body() {
     let (upstream, proxy) = serve(ok);
     let mut client = proxy.client();
     let headers = "Expect: 100-continue\r\nContent-Length: 5\r\n";
@@ -90,13 +95,13 @@ fn a_client_that_expects_100_continue_gets_it_before_its_body() {
     assert_eq!(client.read_head().unwrap().status(), 100);
     client.send("hello").unwrap();
     assert_eq!(client.read_response().unwrap().status(), 200);
-    let seen = upstream.single_request();
-    assert_eq!(seen.head.get("expect"), None);
-    assert_eq!(seen.body, b"hello");
+    let recorded = upstream.single_request();
+    assert_eq!(recorded.head.get("expect"), None);
+    assert_eq!(recorded.body, b"hello");
 }
 
-/// Answers of an upstream: status, a header in lower case, body.
-const ANSWERS: &str = "200 OK|x-request-id: r|{}
+/// Responses of an upstream: status, a header field in lower case, body.
+const RESPONSES: &str = "200 OK|x-request-id: r|{}
 202 Accepted||
 307 Temporary Redirect|location: https://elsewhere.example/v1/responses|moved
 308 Permanent Redirect|location: /v1/other|
@@ -111,64 +116,71 @@ const ANSWERS: &str = "200 OK|x-request-id: r|{}
 503 Service Unavailable|x-ratelimit-reset-requests: 1s|later
 529 Site Is Overloaded||x";
 
-fn parts(answer: &str) -> [&str; 3] {
-    answer.split('|').collect::<Vec<_>>().try_into().unwrap()
+fn columns(row: &str) -> [&str; 3] {
+    row.split('|').collect::<Vec<_>>().try_into().unwrap()
 }
 
 #[test]
-fn statuses_come_back_with_their_headers_and_bodies() {
+fn statuses_headers_and_bodies_are_returned_unchanged() {
     let (upstream, proxy) = serve(|request| {
-        let answer = String::from_utf8(request.read_body()?.to_vec()).unwrap();
-        let [status, header, body] = parts(&answer);
-        request.respond(
-            status,
-            format!("{header}\r\n").trim_start(),
-            body.as_bytes(),
-        )
+        let row = String::from_utf8(request.read_body()?.to_vec()).unwrap();
+        let [status, header, body] = columns(&row);
+        let header = format!("{header}\r\n");
+        request.respond(status, header.trim_start(), body.as_bytes())
     });
     let mut client = proxy.client();
-    for answer in ANSWERS.lines() {
-        let response = client.post("", answer).unwrap();
-        let [status, header, body] = parts(answer);
+    for row in RESPONSES.lines() {
+        let response = client.post("", row).unwrap();
+        let [status, header, body] = columns(row);
         assert_eq!(response.status().to_string(), status[..3]);
-        assert_eq!(response.body, body.as_bytes(), "{answer}");
+        assert_eq!(response.body, body.as_bytes(), "{row}");
         let mut expected = vec![format!("content-length: {}", body.len()), header.to_owned()];
         expected.retain(|line| !line.is_empty());
-        let why = "nothing is added, nothing is lost";
-        assert_eq!(response.head.sorted(), expected, "{why}: {answer}");
+        let why = "no header field is added or lost";
+        assert_eq!(response.head.sorted(), expected, "{why}: {row}");
     }
-    let why = "no redirect is followed, nothing is sent twice";
-    assert_eq!(upstream.requests().len(), ANSWERS.lines().count(), "{why}");
-    assert_eq!(upstream.connections(), 1, "one connection does for all");
+    let why = "no redirect is followed, and no request is sent twice";
+    assert_eq!(
+        upstream.requests().len(),
+        RESPONSES.lines().count(),
+        "{why}"
+    );
+    assert_eq!(upstream.connections(), 1, "the connection is reused");
 }
 
+/// The writes of a response, by its status. Each is sent for a request with the status as its body.
+#[rustfmt::skip]
+const FRAMINGS: &[(&str, &[&str])] = &[
+    ("204", &["HTTP/1.1 204 No Content\r\nX-Mine: 1\r\n\r\n"]),
+    ("304", &["HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n"]),
+    // Chunks override the length, and trailer fields are dropped.
+    ("202", &[
+        "HTTP/1.1 202 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n\
+         2\r\n{}\r\n0\r\nX-Trailer: 1\r\n\r\n",
+    ]),
+    ("203", &["HTTP/1.1 203 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}"]),
+    ("206", &["HTTP/1.0 206 OK\r\nContent-Length: 2\r\n\r\n{}"]),
+    ("207", &["HTTP/1.1 207 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n", "{}"]),
+    ("201", &["HTTP/1.1 201 OK\r\n\r\nno length, ", "but an end"]),
+    ("200", &[
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
+        "final",
+    ]),
+];
+
 #[test]
-fn an_answer_without_a_body_or_a_length_or_after_others_comes_back_as_it_is() {
-    let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n";
-    let (upstream, proxy) = serve(move |request| {
-        match request.read_body()? {
-        b"204" => request.send("HTTP/1.1 204 No Content\r\nX-Mine: 1\r\n\r\n"),
-        b"304" => request.send("HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n"),
-        // A length beside chunks is none, and trailer fields are left out.
-        b"202" => request.send(
-            "HTTP/1.1 202 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Trailer: 1\r\n\r\n",
-        ),
-        b"203" => request.send("HTTP/1.1 203 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
-        b"206" => request.send("HTTP/1.0 206 OK\r\nContent-Length: 2\r\n\r\n{}"),
-        b"207" => request.respond("207 OK", "Connection: close\r\n", b"{}"),
-        b"200" => {
-            request.send(interim)?;
-            request.respond("200 OK", "", b"final")
+fn responses_of_every_framing_keep_the_client_connection() {
+    let (upstream, proxy) = serve(|request| {
+        let status = String::from_utf8(request.read_body()?.to_vec()).unwrap();
+        let mut writes = find_case(FRAMINGS, &status).iter();
+        writes.try_for_each(|bytes| request.send(bytes))?;
+        if status == "201" {
+            return request.close();
         }
-        _ => {
-            request.send("HTTP/1.1 201 OK\r\n\r\nno length, ")?;
-            request.send("but an end")?;
-            request.close()
-        }
-    }
+        Ok(())
     });
     let mut client = proxy.client();
-    // The client's connection stays in any case.
     for (status, line, body) in [
         ("204", "x-mine: 1", ""),
         ("200", "content-length: 5", "final"),
@@ -185,12 +197,12 @@ fn an_answer_without_a_body_or_a_length_or_after_others_comes_back_as_it_is() {
         assert_eq!(response.head.sorted(), [line], "{status}");
         assert_eq!(response.body, body.as_bytes(), "{status}");
     }
-    // Not kept are the connections of HTTP/1.0, of one that says so, and of one that ended.
+    // Not reused: connections after HTTP/1.0, `Connection: close`, and a body that ends with the connection.
     assert_eq!(upstream.connections(), 4);
 }
 
 #[test]
-fn headers_of_an_answer_come_back_in_order_but_for_those_about_one_connection() {
+fn response_headers_are_returned_without_hop_by_hop_fields() {
     let (_upstream, proxy) = serve(|request| {
         request.read_body()?;
         request.respond(
@@ -232,17 +244,17 @@ fn repairable_response_headers_are_repaired() {
 }
 
 #[test]
-fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
+fn client_connection_stays_open_unless_close_or_http_1_0() {
     let (upstream, proxy) = serve(|request| {
         request.read_body()?;
         request.respond_with_events(&["data: 1\n\n", "data: 2\n\n"])
     });
-    let among_others = "Connection: x\r\nConnection: y, CLOSE ,z\r\n";
-    for (version, header, stays) in [
+    let in_a_list = "Connection: x\r\nConnection: y, CLOSE ,z\r\n";
+    for (version, header, persists) in [
         ("1.1", "", true),
         ("1.1", "Connection: keep-alive\r\n", true),
         ("1.1", "Connection: close\r\n", false),
-        ("1.1", among_others, false),
+        ("1.1", in_a_list, false),
         ("1.0", "", false),
         ("1.0", "Connection: keep-alive\r\n", false),
     ] {
@@ -255,23 +267,27 @@ fn a_connection_stays_unless_the_client_wants_it_closed_or_is_of_http_1_0() {
         assert_eq!(response.status(), 200, "{name}");
         assert_eq!(response.body, b"data: 1\n\ndata: 2\n\n", "{name}");
         let chunked = response.head.get("transfer-encoding").is_some();
-        assert!(version == "1.1" || !chunked, "{name}: it knows no chunks");
-        let said = response.head.get("connection");
-        assert_eq!(said, (!stays).then_some("close"), "{name}");
-        if stays {
+        assert!(
+            version == "1.1" || !chunked,
+            "{name}: HTTP/1.0 has no chunks"
+        );
+        let connection = response.head.get("connection");
+        assert_eq!(connection, (!persists).then_some("close"), "{name}");
+        if persists {
             assert_eq!(client.post_default().unwrap().status(), 200, "{name}");
         } else {
             assert_eq!(client.read_until_closed().unwrap(), b"", "{name}");
         }
     }
-    let is_of_1_1 = |seen: &RecordedRequest| seen.head.start == "POST /v1/responses HTTP/1.1";
+    let is_of_1_1 =
+        |recorded: &RecordedRequest| recorded.head.start == "POST /v1/responses HTTP/1.1";
     assert!(upstream.requests().iter().all(is_of_1_1));
     let connections = upstream.connections();
-    assert_eq!(connections, 1, "to the upstream, it stays in any case");
+    assert_eq!(connections, 1, "the upstream connection is always reused");
 }
 
 #[test]
-fn requests_sent_before_the_answer_to_the_last_are_answered_in_order() {
+fn pipelined_requests_get_responses_in_order() {
     let (_upstream, proxy) = serve(echo);
     let mut client = proxy.client();
     let request = |n: usize| client.post_head(&format!("Content-Length: {n}\r\n")) + &"x".repeat(n);
@@ -283,13 +299,13 @@ fn requests_sent_before_the_answer_to_the_last_are_answered_in_order() {
 }
 
 #[test]
-fn the_upstream_urls_address_path_and_query_are_kept_to_the_letter() {
+fn upstream_url_is_used_exactly_as_given() {
     let azure = "/openai/v1/responses?api-version=preview";
-    let odd = "/a%2Fb/%c3%A9/?b=%2F&c&d=?/";
+    let unusual = "/a%2Fb/%c3%A9/?b=%2F&c&d=?/";
     let (tls, plain) = (Upstream::start(ok), Upstream::start_plain(ok));
     for (upstream, host, path, target) in [
         (&tls, "localhost", azure, azure),
-        (&tls, "localhost", odd, odd),
+        (&tls, "localhost", unusual, unusual),
         (&tls, "localhost", "", "/"),
         (&tls, "localhost", "?a=b", "/?a=b"),
         (&tls, "127.0.0.1", "/", "/"),
@@ -309,7 +325,7 @@ fn the_upstream_urls_address_path_and_query_are_kept_to_the_letter() {
 
 const LARGE: usize = 32 << 20;
 
-/// Bytes of which no page is like another.
+/// Bytes in which no two pages are equal.
 fn large() -> &'static [u8] {
     static LARGE_BODY: OnceLock<Vec<u8>> = OnceLock::new();
     LARGE_BODY.get_or_init(|| {
@@ -321,51 +337,31 @@ fn large() -> &'static [u8] {
     })
 }
 
-fn pieces() -> impl Iterator<Item = &'static [u8]> {
+fn mebibytes() -> impl Iterator<Item = &'static [u8]> {
     large().chunks(1 << 20)
 }
 
 #[test]
-fn large_bodies_and_answers_pass_whole() {
+fn large_bodies_are_forwarded_complete_both_ways() {
     let (upstream, proxy) = serve(|request| {
         request.read_body()?;
         match request.recorded.framing {
-            Framing::Chunked => request.respond_with_events(&pieces().collect::<Vec<_>>()),
+            Framing::Chunked => request.respond_with_events(&mebibytes().collect::<Vec<_>>()),
             _ => request.respond("200 OK", "", large()),
         }
     });
     let mut client = proxy.client();
-    let answer = client.post("", large()).unwrap();
-    assert!(answer.head.get("content-length").is_some());
-    assert!(answer.body == large(), "{} bytes", answer.body.len());
+    let response = client.post("", large()).unwrap();
+    assert!(response.head.get("content-length").is_some());
+    assert!(response.body == large(), "{} bytes", response.body.len());
     client.send_head("Transfer-Encoding: chunked\r\n").unwrap();
-    pieces().for_each(|piece| client.chunk(piece).unwrap());
+    mebibytes().for_each(|part| client.chunk(part).unwrap());
     client.chunk("").unwrap();
-    let answer = client.read_response().unwrap();
-    assert!(answer.head.get("transfer-encoding").is_some());
-    assert!(answer.body == large(), "{} bytes", answer.body.len());
-    let seen = upstream.requests();
-    assert_eq!(seen[0].framing, Framing::Length(LARGE as u64));
-    assert_eq!(seen[1].framing, Framing::Chunked);
-    assert!(seen.iter().all(|s| s.complete && s.body == large()));
-}
-
-#[test]
-fn every_request_is_one_line_in_the_log_that_shows_nothing_of_it() {
-    let (_upstream, mut proxy) = serve(|request| {
-        request.read_body()?;
-        request.respond("429 Too Many Requests", "X-Secret: hunter2\r\n", b"hunter2")
-    });
-    let mut client = proxy.client();
-    let headers = "X-Secret: hunter2\r\nUser-Agent: hunter2\r\n";
-    let response = client.post(headers, "hunter2 and more").unwrap();
-    assert_eq!(response.status(), 429);
-    drop(client);
-    let words = [" status=429 ", " in=16 ", " out=7", " ms="];
-    proxy.wait_for_request("request ", &words);
-    let log = proxy.stop().stderr;
-    let requests = log.iter().filter(|line| line.starts_with("request "));
-    assert_eq!(requests.count(), 1, "{log:#?}");
-    let log = log.join("\n");
-    assert!(!log.contains("hunter2") && !log.contains(KEY), "{log}");
+    let response = client.read_response().unwrap();
+    assert!(response.head.get("transfer-encoding").is_some());
+    assert!(response.body == large(), "{} bytes", response.body.len());
+    let recorded = upstream.requests();
+    assert_eq!(recorded[0].framing, Framing::Length(LARGE as u64));
+    assert_eq!(recorded[1].framing, Framing::Chunked);
+    assert!(recorded.iter().all(|s| s.complete && s.body == large()));
 }

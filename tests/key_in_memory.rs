@@ -101,8 +101,8 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
         scope.spawn(|| {
             let header = format!("X-Case: {STUCK}\r\nContent-Length: 500000000\r\n");
             client.send_head(&header).unwrap();
-            let piece = vec![b'x'; 1 << 16];
-            while client.send(&piece).is_ok() {
+            let part = vec![b'x'; 1 << 16];
+            while client.send(&part).is_ok() {
                 sent.fetch_add(1, SeqCst);
             }
         });
@@ -130,12 +130,12 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(ProxyCommand) ->
     let clients = clients.map(|client| client.join().unwrap());
     get_stuck(&proxy, || end.send(()).unwrap());
     wait_until_idle(&proxy, || 0);
-    let seen = upstream.requests();
+    let recorded = upstream.requests();
     let bearer = format!("Bearer {KEY}");
-    for seen in &seen {
-        assert_eq!(seen.head.all("authorization"), [&bearer]);
+    for recorded in &recorded {
+        assert_eq!(recorded.head.all("authorization"), [&bearer]);
     }
-    let complete = seen.iter().filter(|seen| seen.complete).count();
+    let complete = recorded.iter().filter(|recorded| recorded.complete).count();
     let incomplete = ["refused", "an upload that is aborted"];
     let cases = (0..requests).map(|number| case(number).0);
     let expected = cases.filter(|case| !incomplete.contains(case)).count();
@@ -249,11 +249,11 @@ fn a_thousand_open_websockets_hold_the_key_once() {
         assert_eq!(client.read_bytes(5).unwrap(), b"early");
     }
     wait_until_idle(&proxy, || 0);
-    let seen = upstream.requests();
-    assert_eq!(seen.len(), TUNNELS + TUNNELS / 10);
-    for seen in seen {
+    let recorded = upstream.requests();
+    assert_eq!(recorded.len(), TUNNELS + TUNNELS / 10);
+    for recorded in recorded {
         let bearer = format!("Bearer {KEY}");
-        assert_eq!(seen.head.all("authorization"), [bearer]);
+        assert_eq!(recorded.head.all("authorization"), [bearer]);
     }
     assert_once_in_memory(&proxy);
 }

@@ -178,11 +178,11 @@ impl Terminal {
         // Something to read up to. It fails where the session has ended, which ends what there is to read, too.
         let _ = File::from(self.line.try_clone().unwrap()).write_all(b"\x04END");
         let mut shown = Vec::new();
-        let mut piece = [0; 256];
+        let mut part = [0; 256];
         while !shown.ends_with(b"\x04END")
-            && let Ok(got @ 1..) = (&self.keyboard).read(&mut piece)
+            && let Ok(got @ 1..) = (&self.keyboard).read(&mut part)
         {
-            shown.extend_from_slice(&piece[..got]);
+            shown.extend_from_slice(&part[..got]);
         }
         String::from_utf8_lossy(&shown).into_owned()
     }

@@ -12,15 +12,15 @@ use support::*;
 struct Tunnels {
     url: String,
     /// What came over each connection from the program, all of it.
-    came: Arc<Mutex<Vec<String>>>,
+    received: Arc<Mutex<Vec<String>>>,
 }
 
 impl Tunnels {
     fn start(answer: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let came = Arc::new(Mutex::new(Vec::new()));
-        let record = came.clone();
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let record = received.clone();
         thread::spawn(move || {
             for (number, client) in listener.incoming().enumerate() {
                 record.lock().unwrap().push(String::new());
@@ -33,7 +33,7 @@ impl Tunnels {
                 });
             }
         });
-        Self { url, came }
+        Self { url, received }
     }
 
     fn serve(client: TcpStream, answer: &str, note: impl Fn(&[u8])) -> io::Result<()> {
@@ -60,17 +60,17 @@ impl Tunnels {
                 let _ = io::copy(&mut &server, &mut &client);
                 let _ = client.shutdown(Shutdown::Write);
             });
-            let mut piece = [0; 65536];
-            while let Ok(got @ 1..) = from_client.read(&mut piece) {
-                note(&piece[..got]);
-                (&server).write_all(&piece[..got])?;
+            let mut part = [0; 65536];
+            while let Ok(got @ 1..) = from_client.read(&mut part) {
+                note(&part[..got]);
+                (&server).write_all(&part[..got])?;
             }
             server.shutdown(Shutdown::Write)
         })
     }
 
-    fn came(&self) -> Vec<String> {
-        self.came.lock().unwrap().clone()
+    fn received(&self) -> Vec<String> {
+        self.received.lock().unwrap().clone()
     }
 }
 
@@ -94,9 +94,9 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
         for _ in 0..3 {
             assert_eq!(client.post_default().unwrap().status(), 200, "{variable}");
         }
-        let came = tunnels.came();
-        let [all] = came.as_slice() else {
-            panic!("{variable}: not one tunnel but {came:#?}");
+        let received = tunnels.received();
+        let [all] = received.as_slice() else {
+            panic!("{variable}: not one tunnel but {received:#?}");
         };
         let connect = format!("CONNECT localhost:{} HTTP/1.1\r\n", upstream.port);
         assert!(all.starts_with(&connect), "{variable}: {all}");
@@ -128,9 +128,9 @@ fn websocket_goes_through_the_proxy_encrypted() {
     assert_eq!(client.read_bytes(16).unwrap(), b"a secret message");
     client.shutdown_write();
     assert_eq!(client.read_until_closed().unwrap(), b"");
-    let came = tunnels.came();
-    let [all] = came.as_slice() else {
-        panic!("not one tunnel but {came:#?}");
+    let received = tunnels.received();
+    let [all] = received.as_slice() else {
+        panic!("not one tunnel but {received:#?}");
     };
     assert!(all.starts_with("CONNECT localhost:"), "{all}");
     for hidden in [KEY, "/v1/responses", "websocket", "secret"] {
@@ -173,7 +173,7 @@ fn variables_say_what_is_reached_directly() {
             200,
             "{host} {variables}"
         );
-        let tunnels = (right.came().len(), wrong.came().len());
+        let tunnels = (right.received().len(), wrong.received().len());
         let expected = usize::from(variables.contains("RIGHT"));
         assert_eq!(tunnels, (expected, 0), "{host} {variables}");
     }

@@ -213,10 +213,10 @@ struct Flood {
 impl Flood {
     /// Sends pieces for as long as they are taken.
     fn run(&self, mut send: impl FnMut(&str) -> io::Result<()>) -> io::Result<()> {
-        let piece = "x".repeat(64 << 10);
+        let part = "x".repeat(64 << 10);
         while !self.enough.load(SeqCst) && self.sent() < OFFERED {
-            send(&piece)?;
-            self.sent.fetch_add(piece.len() as u64, SeqCst);
+            send(&part)?;
+            self.sent.fetch_add(part.len() as u64, SeqCst);
         }
         Ok(())
     }
@@ -246,7 +246,7 @@ fn a_slow_reader_of_a_fast_stream_slows_the_upstream_down() {
             return ok(request);
         }
         request.start_events()?;
-        upstreams.run(|piece| request.chunk(piece))?;
+        upstreams.run(|part| request.chunk(part))?;
         request.chunk("")
     });
     let mut client = proxy.client();
@@ -260,7 +260,7 @@ fn a_slow_reader_of_a_fast_stream_slows_the_upstream_down() {
 
 #[test]
 fn websocket_with_a_slow_reader_slows_the_sender_down() {
-    let (go_on, held) = channel();
+    let (release, released) = channel();
     let (tell, count) = channel();
     let flood = Arc::new(Flood::default());
     let upstreams = flood.clone();
@@ -268,14 +268,14 @@ fn websocket_with_a_slow_reader_slows_the_sender_down() {
         "" => ok(request),
         "client" => {
             request.switch_protocols("", b"")?;
-            held.recv()?;
+            released.recv()?;
             tell.send(request.read_until_closed()?.len() as u64)
                 .unwrap();
             request.close()
         }
         _ => {
             request.switch_protocols("", b"")?;
-            upstreams.run(|piece| request.send(piece))?;
+            upstreams.run(|part| request.send(part))?;
             request.close()
         }
     });
@@ -284,19 +284,19 @@ fn websocket_with_a_slow_reader_slows_the_sender_down() {
     let before = memory_usage(&proxy).1;
     let mut client = open_tunnel(&proxy, "X-Sends: upstream\r\n");
     flood.assert_gets_stuck(&proxy, before);
-    let came = client.read_until_closed().unwrap().len() as u64;
-    assert_eq!(came, flood.sent());
+    let received = client.read_until_closed().unwrap().len() as u64;
+    assert_eq!(received, flood.sent());
 
     let flood = Flood::default();
     let mut client = open_tunnel(&proxy, "X-Sends: client\r\n");
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
-            flood.run(|piece| client.send(piece))?;
+            flood.run(|part| client.send(part))?;
             client.shutdown_write();
             client.read_until_closed()
         });
         flood.assert_gets_stuck(&proxy, before);
-        go_on.send(()).unwrap();
+        release.send(()).unwrap();
         assert_eq!(sender.join().unwrap().unwrap(), b"");
     });
     assert_eq!(count.recv().unwrap(), flood.sent());
@@ -304,10 +304,10 @@ fn websocket_with_a_slow_reader_slows_the_sender_down() {
 
 #[test]
 fn a_slow_upstream_slows_a_fast_upload_down() {
-    let (go_on, held) = channel();
+    let (release, released) = channel();
     let (upstream, proxy) = serve(move |request| {
         if !request.header("x-flood").is_empty() {
-            held.recv()?;
+            released.recv()?;
         }
         ok(request)
     });
@@ -319,18 +319,18 @@ fn a_slow_upstream_slows_a_fast_upload_down() {
         let sender = scope.spawn(|| {
             let headers = "X-Flood: 1\r\nTransfer-Encoding: chunked\r\n";
             client.send_head(headers)?;
-            flood.run(|piece| client.chunk(piece))?;
+            flood.run(|part| client.chunk(part))?;
             client.chunk("")?;
             client.read_response()
         });
         flood.assert_gets_stuck(&proxy, before);
-        go_on.send(()).unwrap();
+        release.send(()).unwrap();
         sender.join().unwrap()
     });
     assert_eq!(answer.unwrap().status(), 200);
-    let came = upstream
+    let received = upstream
         .requests()
         .into_iter()
-        .find(|seen| seen.body != b"{}");
-    assert_eq!(came.unwrap().body.len() as u64, flood.sent());
+        .find(|recorded| recorded.body != b"{}");
+    assert_eq!(received.unwrap().body.len() as u64, flood.sent());
 }

@@ -78,7 +78,7 @@ fn check_with<R: Into<Vec<u8>>>(
     let lines = log.iter().filter(is_outcome).count();
     assert_eq!(lines, sent + 1, "one line each: {log:#?}");
     let mut complete = upstream.into_requests();
-    complete.retain(|seen| seen.complete);
+    complete.retain(|recorded| recorded.complete);
     assert_eq!(complete.len(), served + 1, "got through: {complete:#?}");
 }
 

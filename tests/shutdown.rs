@@ -29,18 +29,18 @@ fn wait_until_refused(proxy: &Proxy) {
 
 /// An upstream whose answers begin at once and end when the test says so.
 fn holding() -> (Upstream, Sender<()>) {
-    let (go_on, held) = channel();
+    let (release, released) = channel();
     let upstream = Upstream::start(move |request| {
         if request.read_body()? != b"hold" {
             return ok(request);
         }
         request.start_events()?;
         request.chunk("data: 1\n\n")?;
-        held.recv()?;
+        released.recv()?;
         request.chunk("data: 2\n\n")?;
         request.chunk("")
     });
-    (upstream, go_on)
+    (upstream, release)
 }
 
 fn streaming(proxy: &Proxy) -> Client {
@@ -58,7 +58,7 @@ fn streams_in_flight_finish_while_all_else_ends_and_the_port_can_be_bound_again(
         if is_default_here(way) {
             continue;
         }
-        let (upstream, go_on) = holding();
+        let (upstream, release) = holding();
         let command = ProxyCommand::for_upstream(&upstream).arg("--http-shutdown");
         // The last one closed connections first, so its end of them lingers in the kernel: the port is free at once.
         let mut proxy = command.args(["--port", &port]).start();
@@ -70,12 +70,12 @@ fn streams_in_flight_finish_while_all_else_ends_and_the_port_can_be_bound_again(
         proxy.trigger_shutdown(way);
         wait_until_refused(&proxy);
         for client in [&mut idle, &mut fresh] {
-            let came = client.read_until_closed().unwrap();
-            let answered = came.starts_with(b"HTTP/1.1 2");
-            assert!(!answered, "{way}: {}", came.escape_ascii());
+            let received = client.read_until_closed().unwrap();
+            let answered = received.starts_with(b"HTTP/1.1 2");
+            assert!(!answered, "{way}: {}", received.escape_ascii());
         }
         assert!(proxy.is_running(), "{way}: the stream is still in flight");
-        go_on.send(()).unwrap();
+        release.send(()).unwrap();
         let rest = stream.read_rest().unwrap();
         assert_eq!(rest, b"data: 2\n\n", "{way}: the stream arrives whole");
         assert_eq!(stream.read_until_closed().unwrap(), b"", "{way}");
@@ -109,11 +109,11 @@ fn an_upload_in_flight_is_finished_and_answered() {
 #[test]
 fn shutdown_lets_busy_and_starting_websockets_finish() {
     let (tell, arrived) = channel();
-    let (go_on, held) = channel();
+    let (release, released) = channel();
     let upstream = Upstream::start(move |request| {
         if request.header("x-case") == "starting" {
             tell.send(()).unwrap();
-            held.recv()?;
+            released.recv()?;
         }
         echo_tunnel(request)
     });
@@ -125,7 +125,7 @@ fn shutdown_lets_busy_and_starting_websockets_finish() {
     arrived.recv().unwrap();
     proxy.signal(SIGTERM);
     wait_until_refused(&proxy);
-    go_on.send(()).unwrap();
+    release.send(()).unwrap();
     assert_eq!(starting.read_head().unwrap().status(), 101);
     for mut client in [busy, starting] {
         for _ in 0..3 {

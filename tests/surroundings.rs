@@ -137,10 +137,10 @@ mod linux {
             let mut neighbour = TcpStream::from(neighbour);
             neighbour.set_read_timeout(Some(TIMEOUT)).unwrap();
             let _ = neighbour.write_all(b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n");
-            let mut came = Vec::new();
-            let end = neighbour.read_to_end(&mut came);
+            let mut received = Vec::new();
+            let end = neighbour.read_to_end(&mut received);
             assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
-            assert_eq!(came, b"");
+            assert_eq!(received, b"");
             assert_eq!(proxy.post_default().status(), 200);
             assert_eq!(upstream.requests().len(), 1);
         });
@@ -163,10 +163,10 @@ mod linux {
             assert_eq!(proxy.post_default().status(), 502);
             let words = ["status=502", "is not a loopback address"];
             proxy.wait_for_request("request ", &words);
-            let mut came = Vec::new();
-            let end = elsewhere.accept().unwrap().0.read_to_end(&mut came);
+            let mut received = Vec::new();
+            let end = elsewhere.accept().unwrap().0.read_to_end(&mut received);
             assert!(end.as_ref().err().is_none_or(is_closed), "{end:?}");
-            assert_eq!(came, b"");
+            assert_eq!(received, b"");
         });
     }
 }

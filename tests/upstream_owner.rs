@@ -30,10 +30,10 @@ fn request(
         as_user(STRANGER, || {
             let (mut stream, _) = listener.accept().unwrap();
             stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-            let mut came = vec![0; 4096];
-            let count = stream.read(&mut came).unwrap_or(0);
+            let mut received = vec![0; 4096];
+            let count = stream.read(&mut received).unwrap_or(0);
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}");
-            String::from_utf8_lossy(&came[..count]).into_owned()
+            String::from_utf8_lossy(&received[..count]).into_owned()
         })
     };
     std::thread::scope(|scope| {
@@ -45,8 +45,8 @@ fn request(
             let uid = format!("uid={STRANGER}; ");
             proxy.wait_for_request("request ", &["status=502", &uid, "--upstream-user"]);
         }
-        let came = early.map_or_else(accept, |early| early.join().unwrap());
-        (response.status(), came)
+        let received = early.map_or_else(accept, |early| early.join().unwrap());
+        (response.status(), received)
     })
 }
 
@@ -80,9 +80,9 @@ fn port_of_the_upstream_user_gets_the_key() {
     }
     let listener = as_user(STRANGER, || TcpListener::bind("127.0.0.1:0")).unwrap();
     let args = ["--upstream-user", &STRANGER.to_string()];
-    let (status, came) = request(&listener, "127.0.0.1", &args, true);
+    let (status, received) = request(&listener, "127.0.0.1", &args, true);
     assert_eq!(status, 200);
-    assert!(came.contains(KEY), "{came}");
+    assert!(received.contains(KEY), "{received}");
 }
 
 #[test]
@@ -102,7 +102,12 @@ fn stranger_on_the_other_loopback_address_gets_no_key() {
         return skip(what, "no IPv6 here");
     };
     assert_eq!(proxy.post_default().status(), 502);
-    let mut came = Vec::new();
-    stranger.accept().unwrap().0.read_to_end(&mut came).unwrap();
-    assert_eq!(came, b"");
+    let mut received = Vec::new();
+    stranger
+        .accept()
+        .unwrap()
+        .0
+        .read_to_end(&mut received)
+        .unwrap();
+    assert_eq!(received, b"");
 }

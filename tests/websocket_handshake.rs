@@ -1,5 +1,5 @@
-//! `--websocket` forwards a WebSocket handshake on `GET /v1/responses` with the key, and returns what the upstream responds.
-//! Handshakes that are rejected because of what they say are in `refusals`.
+//! `--websocket` forwards a WebSocket handshake on `GET /v1/responses` with the key, and returns the upstream's response.
+//! Rejected handshakes are in `request_filtering`.
 
 mod support;
 
@@ -13,10 +13,10 @@ fn handshake_passes_headers_both_ways_and_adds_the_key() {
         let url = format!("{}?api-version=1&a=%20", upstream.url());
         let command = ProxyCommand::new().trust(&upstream).url(&url);
         let mut proxy = command.arg("--websocket").start();
-        let theirs = "Authorization: Bearer theirs\r\nauthorization: again\r\nKeep-Alive: 5\r\nX-Twice: 1\r\n\
+        let client_fields = "Authorization: Bearer theirs\r\nauthorization: again\r\nKeep-Alive: 5\r\nX-Twice: 1\r\n\
             X-Named: hop-by-hop\r\nX-Twice: 2\r\n";
         let mut client = proxy.client();
-        let head = handshake(&format!("{theirs}{CODEX_HEADERS}"));
+        let head = handshake(&format!("{client_fields}{CODEX_HEADERS}"));
         // Names and the token are case-insensitive (RFC 6455, section 4.2.1).
         let head = head.replace("Upgrade: websocket", "upgrade: WebSocket");
         let head = head.replace(
@@ -67,80 +67,71 @@ fn handshake_passes_headers_both_ways_and_adds_the_key() {
     }
 }
 
-/// What accepts a handshake, as far as the proxy looks at it.
+/// An accepted handshake with the header fields that the proxy checks.
 const SWITCHING: &str =
     "101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
 
-/// What stands for the body of an error made by the proxy.
-const OURS: &str = "ours";
+/// Instead of a body: the proxy responds with its own error.
+const ERROR: &str = "error";
 
-/// What an upstream responds to a handshake, and the body that the client gets with that status, or with a 502.
-const RESPONSES: [(&str, &str); 8] = [
-    (
-        "401 Unauthorized\r\nContent-Length: 9\r\n\r\nno access",
-        "no access",
-    ),
-    (
-        "429 Too Many Requests\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nslow\r\n0\r\n\r\n",
-        "slow",
-    ),
-    ("200 OK\r\nContent-Length: 5\r\n\r\nhello", "hello"),
-    ("204 No Content\r\nUpgrade: websocket\r\n\r\n", ""),
-    ("426 Upgrade Required\r\nContent-Length: 0\r\n\r\n", ""),
-    ("101 Switching Protocols\r\n\r\n", OURS),
-    (
-        "101 Switching Protocols\r\nConnection: upgrade\r\n\r\n",
-        OURS,
-    ),
-    (
-        "101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
-        OURS,
-    ),
+/// An upstream's response to a handshake, and the body that the client gets with the same status, or with a 502.
+#[rustfmt::skip]
+const RESPONSES: &[(&str, (&str, &str))] = &[
+    ("401", ("401 Unauthorized\r\nContent-Length: 9\r\n\r\nno access", "no access")),
+    ("chunks", ("429 Too Many Requests\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nslow\r\n0\r\n\r\n", "slow")),
+    ("200", ("200 OK\r\nContent-Length: 5\r\n\r\nhello", "hello")),
+    ("204", ("204 No Content\r\nUpgrade: websocket\r\n\r\n", "")),
+    ("426", ("426 Upgrade Required\r\nContent-Length: 0\r\n\r\n", "")),
+    ("101 without fields", ("101 Switching Protocols\r\n\r\n", ERROR)),
+    ("101 without Upgrade", ("101 Switching Protocols\r\nConnection: upgrade\r\n\r\n", ERROR)),
+    ("101 to h2c", ("101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n", ERROR)),
 ];
 
 #[test]
-fn responses_other_than_a_proper_101_open_no_tunnel() {
+fn responses_other_than_a_valid_101_open_no_tunnel() {
     let upstreams = start_tls_and_plain(|request| {
         request.read_body()?;
-        match request.header("x-row").parse::<usize>() {
-            Ok(row) => request.send(format!("HTTP/1.1 {}", RESPONSES[row].0)),
-            Err(_) => ok(request),
+        let case = request.header("x-case");
+        if case.is_empty() {
+            return ok(request);
         }
+        request.send(format!("HTTP/1.1 {}", find_case(RESPONSES, &case).0))
     });
-    for (name, upstream) in upstreams {
+    for (transport, upstream) in upstreams {
         let mut proxy = start_with_websocket(&upstream);
         let mut client = proxy.client();
-        for (row, (response, body)) in RESPONSES.into_iter().enumerate() {
-            let name = format!("{name}: {response}");
-            let status = if body == OURS { "502" } else { &response[..3] };
+        for (number, &(case, (response, body))) in RESPONSES.iter().enumerate() {
+            let name = format!("{transport}: {case}");
+            let status = if body == ERROR { "502" } else { &response[..3] };
             let connections = upstream.connections();
-            client
-                .send(handshake(&format!("X-Row: {row}\r\n")))
-                .unwrap();
-            let came = client.read_response().expect(&name);
-            assert_eq!(came.status().to_string(), status, "{name}: {came:?}");
+            let head = handshake(&format!("X-Case: {case}\r\n"));
+            client.send(head).unwrap();
+            let received = client.read_response().expect(&name);
+            let received_status = received.status().to_string();
+            assert_eq!(received_status, status, "{name}: {received:?}");
             proxy.wait_for_request("request ", &[&format!(" status={status} ")]);
-            if body == OURS {
-                assert!(!came.error_message().contains(KEY), "{name}");
+            if body == ERROR {
+                assert!(!received.error_message().contains(KEY), "{name}");
             } else {
-                assert_eq!(came.body, body.as_bytes(), "{name}");
+                assert_eq!(received.body, body.as_bytes(), "{name}");
             }
-            // The client's connection goes on, and the upstream's is pooled unless it was upgraded.
-            assert_eq!(
-                client.post_default().unwrap().status(),
-                200,
-                "{name}: the next"
-            );
+            // The client's connection stays open. The upstream's is pooled unless it was upgraded.
+            let next = client.post_default().unwrap().status();
+            assert_eq!(next, 200, "{name}: the next");
             proxy.wait_for_request("request ", &[" status=200 "]);
-            let expected = match (row, body) {
+            let expected = match (number, body) {
                 (0, _) => 1,
-                (_, OURS) => connections + 1,
+                (_, ERROR) => connections + 1,
                 _ => connections,
             };
             assert_eq!(upstream.connections(), expected, "{name}");
         }
-        let came = upstream.requests().len();
-        assert_eq!(came, 2 * RESPONSES.len(), "{name}: each came once");
+        let received = upstream.requests().len();
+        assert_eq!(
+            received,
+            2 * RESPONSES.len(),
+            "{transport}: each was sent once"
+        );
     }
 }
 
@@ -148,7 +139,7 @@ fn responses_other_than_a_proper_101_open_no_tunnel() {
 fn post_that_offers_an_upgrade_remains_a_post() {
     let upstreams = start_tls_and_plain(|request| match request.header("x-case").as_str() {
         "ok" => ok(request),
-        // Before the body has arrived.
+        // Sent before the body has arrived.
         "early 101" => request.send(format!("HTTP/1.1 {SWITCHING}")),
         _ => request.switch_protocols("", b"bytes"),
     });
@@ -172,17 +163,20 @@ fn post_that_offers_an_upgrade_remains_a_post() {
             }
         }
         proxy.stop();
-        for seen in upstream.into_requests() {
-            assert!(seen.head.start.starts_with("POST "), "{name}: {seen:?}");
-            assert_eq!(seen.head.get("upgrade"), None, "{name}");
+        for recorded in upstream.into_requests() {
+            assert!(
+                recorded.head.start.starts_with("POST "),
+                "{name}: {recorded:?}"
+            );
+            assert_eq!(recorded.head.get("upgrade"), None, "{name}");
         }
     }
 }
 
 #[test]
-fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
-    let (tell, told) = channel();
-    // By what it does with a pooled connection: before a handshake comes over it, or with the handshake.
+fn failed_pooled_connection_is_replaced_or_returns_502() {
+    let (notify, closed) = channel();
+    // Cases differ in what the upstream does with a pooled connection, before or after it gets the handshake.
     let upstream = Upstream::start(move |request| {
         let case = request.header("x-case");
         let is_handshake = request.recorded.head.start.starts_with("GET ");
@@ -191,7 +185,7 @@ fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
             ("closes before", false) => {
                 request.respond("200 OK", "", b"{}")?;
                 let end = request.close();
-                tell.send(()).unwrap();
+                notify.send(()).unwrap();
                 end
             }
             ("sends a 101 before", false) => {
@@ -215,7 +209,7 @@ fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
         assert_eq!(response.unwrap().status(), 200, "{case}");
         proxy.wait_for_request("request ", &[" status=200 "]);
         if case == "closes before" {
-            told.recv().unwrap();
+            closed.recv().unwrap();
         }
         client.send(handshake(&header)).unwrap();
         assert_eq!(client.read_head().unwrap().status(), status, "{case}");
@@ -228,13 +222,13 @@ fn pooled_connection_that_fails_a_handshake_is_replaced_or_a_502() {
     let connections: Vec<_> = upstream
         .requests()
         .iter()
-        .map(|seen| seen.connection)
+        .map(|recorded| recorded.connection)
         .collect();
     assert_eq!(connections, [0, 1, 2, 3, 4, 4], "each was sent once");
 }
 
 #[test]
-fn handshake_without_the_flag_is_refused_and_names_it() {
+fn handshake_without_the_flag_is_rejected_and_names_it() {
     let (upstream, mut proxy) = serve(ok);
     for request in [
         handshake(""),
@@ -255,7 +249,7 @@ fn handshake_without_the_flag_is_refused_and_names_it() {
 }
 
 #[test]
-fn handshake_with_dumps_is_a_426_and_the_post_after_it_is_dumped() {
+fn handshake_with_dump_dir_gets_426_and_a_post_is_dumped() {
     let upstream = Upstream::start(ok);
     let dir = TestDir::new();
     let command = ProxyCommand::for_upstream(&upstream).args(["--websocket", "--dump-dir"]);
@@ -274,8 +268,8 @@ fn handshake_with_dumps_is_a_426_and_the_post_after_it_is_dumped() {
     proxy.wait_for_request("refused ", &[" status=426 "]);
     assert_eq!(client.post_default().unwrap().status(), 200);
     let log = proxy.stop().stderr;
-    let says_so = log[0].contains("WebSocket handshakes get 426");
-    assert!(says_so, "at startup: {log:?}");
+    let is_logged = log[0].contains("WebSocket handshakes get 426");
+    assert!(is_logged, "at startup: {log:?}");
     assert_eq!(
         upstream.into_requests().len(),
         1,
