@@ -1,4 +1,4 @@
-//! The key's way in: what counts as one, how it may arrive, and that a refused one is never repeated.
+//! The key on stdin: valid and invalid keys, how they may arrive, and that no message repeats a rejected one.
 
 mod support;
 
@@ -11,10 +11,10 @@ use std::io::{self, Read, Write};
 use std::os::{fd::OwnedFd, unix::net::UnixDatagram};
 use support::*;
 
-/// The longest key: 1024 bytes with `Bearer ` before it.
+/// The maximum length of a key for OpenAI: 1024 bytes including `Bearer `.
 const LONGEST: usize = 1024 - "Bearer ".len();
 
-/// The key that the upstream gets from this proxy.
+/// The key that the upstream receives from this proxy.
 fn key_of(proxy: &Proxy, upstream: &Upstream) -> String {
     assert_eq!(proxy.post_default().status(), 200);
     let head = upstream.requests().pop().unwrap().head;
@@ -23,16 +23,16 @@ fn key_of(proxy: &Proxy, upstream: &Upstream) -> String {
 }
 
 #[test]
-fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
+fn first_line_without_its_end_is_the_key() {
     let longest = "k".repeat(LONGEST);
     let upstream = Upstream::start(ok);
-    // The module that reads it has more.
+    // The unit tests of `key` have more cases.
     for (key, end) in [
         (KEY, ""),
         (KEY, "\n \0\n"),
         ("aZ09-_", "\n"),
         (&longest, "\r\n"),
-        // Other providers' keys.
+        // Keys of other providers.
         ("QUJD/+RA==", "\r\n"),
         ("id:name|eyJh.e30.c2ln~1", " \n"),
         (&"t".repeat(4072), "\r\n"),
@@ -42,8 +42,12 @@ fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
             .start();
         assert_eq!(key_of(&proxy, &upstream), key, "{end:?}");
     }
+}
 
-    // Each datagram is a read of its own; an empty one is the end.
+#[test]
+fn key_may_arrive_in_bytes_from_a_file_or_on_an_open_stdin() {
+    let upstream = Upstream::start(ok);
+    // Each datagram is a separate read, and an empty one is the end of the input.
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     let mut in_bytes = ProxyCommand::for_upstream(&upstream)
         .stdin(OwnedFd::from(theirs))
@@ -56,7 +60,7 @@ fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
     fs::write(&file, &line).unwrap();
     let from_file = ProxyCommand::for_upstream(&upstream).stdin(File::open(file).unwrap());
 
-    // A newline is enough: what comes later is not waited for.
+    // A newline ends the key. The proxy must not wait for the end of the input.
     let mut open = ProxyCommand::for_upstream(&upstream).open_stdin().spawn();
     let mut stdin = open.stdin.take().unwrap();
     stdin.write_all(line.as_bytes()).unwrap();
@@ -68,10 +72,10 @@ fn the_first_line_is_the_key_however_it_ends_and_however_it_comes() {
 }
 
 #[test]
-fn an_input_that_is_no_key_is_one_clear_sentence_that_does_not_repeat_it() {
+fn invalid_key_is_rejected_without_repeating_it() {
     let too_long = format!("SeCrEt{}\r\n", "k".repeat(LONGEST - 5));
     let endless = "SeCrEt".repeat(1 << 17);
-    // The module that reads it has more.
+    // The unit tests of `key` have more cases.
     for input in [
         b"".as_slice(),
         b"Bearer sk-SeCrEt\n",
@@ -87,23 +91,27 @@ fn an_input_that_is_no_key_is_one_clear_sentence_that_does_not_repeat_it() {
         let line = command.assert_startup_error(&name, 1, &["key"]);
         assert!(!line.contains("SeCrEt"), "{name}: {line}");
     }
+}
+
+#[test]
+fn unusable_stdin_is_a_startup_error() {
     let dir = TestDir::new();
     let closed = ProxyCommand::new().open_stdin();
-    let of = |file: io::Result<File>| ProxyCommand::new().stdin(file.unwrap());
+    let with = |file: io::Result<File>| ProxyCommand::new().stdin(file.unwrap());
     for (name, command) in [
         ("closed", closed.pre_exec(|| Ok(nix::unistd::close(0)?))),
-        ("a dir", of(File::open(&*dir))),
-        ("/dev/null", of(File::open("/dev/null"))),
-        ("for writing only", of(File::create(dir.join("sink")))),
+        ("a dir", with(File::open(&*dir))),
+        ("/dev/null", with(File::open("/dev/null"))),
+        ("write-only", with(File::create(dir.join("sink")))),
     ] {
         command.assert_startup_error(name, 1, &[]);
     }
 }
 
 #[test]
-fn a_terminal_is_asked_for_the_key_without_echo_and_has_it_back_whatever_comes() {
+fn terminal_prompt_disables_echo_and_restores_it() {
     let upstream = Upstream::start(ok);
-    // A key, a bad one, and what Ctrl-C is to a terminal.
+    // A valid key, an invalid key, and Ctrl-C.
     let good = format!("{KEY}\n");
     for (typed, code) in [(&*good, Some(0)), ("sk SeCrEt\n", Some(1)), ("\x03", None)] {
         let terminal = Terminal::open();
@@ -121,15 +129,15 @@ fn a_terminal_is_asked_for_the_key_without_echo_and_has_it_back_whatever_comes()
         let run = proxy.wait();
         assert_eq!(run.status.success(), typed == good, "{run:?}");
         assert!(code.is_none() || run.status.code() == code, "{run:?}");
-        assert!(terminal.echoes(), "echo stays off: {run:?}");
+        assert!(terminal.echoes(), "echo is still off: {run:?}");
         let shown = run.stderr.join("\n") + &terminal.shown();
-        assert!(shown.contains("key"), "it asked for the key: {shown:?}");
+        assert!(shown.contains("key"), "no prompt for the key: {shown:?}");
         let repeated = shown.contains(KEY) || shown.contains("SeCrEt");
-        assert!(!repeated, "the key was not shown: {shown:?}");
+        assert!(!repeated, "the key was shown: {shown:?}");
     }
 }
 
-/// A terminal of the test's own: what is typed into `keyboard` comes out of `line`, and is shown if it echoes.
+/// A pseudoterminal: bytes written to `keyboard` can be read from `line`, and are echoed while echo is on.
 struct Terminal {
     keyboard: File,
     line: OwnedFd,
@@ -139,18 +147,18 @@ impl Terminal {
     fn open() -> Self {
         let OpenptyResult { master, slave } = openpty(None, None).unwrap();
         for descriptor in [&master, &slave] {
-            // A child must not inherit them.
+            // Children must not inherit them.
             fcntl(descriptor, F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
         }
         let (keyboard, line) = (File::from(master), slave);
         Self { keyboard, line }
     }
 
-    /// Makes it the stdin of the program, and its controlling terminal.
+    /// Makes it the stdin and the controlling terminal of the program.
     fn give_to(&self, command: ProxyCommand) -> ProxyCommand {
         let command = command.stdin(self.line.try_clone().unwrap());
         command.pre_exec(|| {
-            // SAFETY: the call takes integers; descriptor 0 is the terminal by now.
+            // SAFETY: the call takes integers only. Descriptor 0 is already the terminal.
             #[allow(unsafe_code)]
             match unsafe { libc::ioctl(0, libc::TIOCSCTTY as _, 0) } {
                 0 => Ok(()),
@@ -160,22 +168,22 @@ impl Terminal {
     }
 
     fn echoes(&self) -> bool {
-        // Through the keyboard's end, which outlives the session on the other.
+        // `line` is invalid once the session has ended; `keyboard` is not.
         let settings = tcgetattr(&self.keyboard).unwrap();
         settings.local_flags.contains(LocalFlags::ECHO)
     }
 
     fn wait_for_echo(&self, on: bool) {
-        wait_until("the terminal's echo has changed", || self.echoes() == on);
+        wait_until("echo has changed", || self.echoes() == on);
     }
 
     fn write(&self, text: &str) {
         (&self.keyboard).write_all(text.as_bytes()).unwrap();
     }
 
-    /// What has been shown on it so far.
+    /// Everything shown on it so far.
     fn shown(&self) -> String {
-        // Something to read up to. It fails where the session has ended, which ends what there is to read, too.
+        // A mark for the end. This fails once the session has ended, but then reading ends as well.
         let _ = File::from(self.line.try_clone().unwrap()).write_all(b"\x04END");
         let mut shown = Vec::new();
         let mut part = [0; 256];

@@ -1,4 +1,4 @@
-//! `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` decide how the upstream is reached; a proxy on the way never sees the key.
+//! `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` decide how the upstream is reached. An outbound proxy never sees the key.
 
 mod support;
 
@@ -8,15 +8,15 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use support::*;
 
-/// A proxy that makes tunnels, or says why not.
+/// An HTTP proxy that responds to CONNECT, and opens a tunnel if the response is a 2xx.
 struct Tunnels {
     url: String,
-    /// What came over each connection from the program, all of it.
+    /// All bytes received from the program, by connection.
     received: Arc<Mutex<Vec<String>>>,
 }
 
 impl Tunnels {
-    fn start(answer: &'static str) -> Self {
+    fn start(response: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let received = Arc::new(Mutex::new(Vec::new()));
@@ -29,14 +29,14 @@ impl Tunnels {
                     let note = |bytes: &[u8]| {
                         record.lock().unwrap()[number] += &String::from_utf8_lossy(bytes);
                     };
-                    Self::serve(client?, answer, note)
+                    Self::serve(client?, response, note)
                 });
             }
         });
         Self { url, received }
     }
 
-    fn serve(client: TcpStream, answer: &str, note: impl Fn(&[u8])) -> io::Result<()> {
+    fn serve(client: TcpStream, response: &str, note: impl Fn(&[u8])) -> io::Result<()> {
         client.set_read_timeout(Some(TIMEOUT))?;
         let (mut from_client, mut to_client) = (&client, &client);
         let mut head = Vec::new();
@@ -46,11 +46,11 @@ impl Tunnels {
             head.extend_from_slice(&byte);
         }
         note(&head);
-        // In two pieces, as a slow proxy's may come.
-        let (first, second) = answer.split_at(answer.len() / 2);
+        // In two writes, like a slow proxy.
+        let (first, second) = response.split_at(response.len() / 2);
         to_client.write_all(first.as_bytes())?;
         to_client.write_all(second.as_bytes())?;
-        if !answer.contains(" 2") {
+        if !response.contains(" 2") {
             return Ok(());
         }
         let head = String::from_utf8(head).unwrap();
@@ -77,7 +77,7 @@ impl Tunnels {
 const ESTABLISHED: &str = "HTTP/1.1 200 Connection established\r\nVia: tunnels\r\n\r\n";
 
 #[test]
-fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
+fn upstream_is_reached_through_the_configured_proxy() {
     for (variable, user) in [
         ("HTTPS_PROXY", ""),
         ("https_proxy", "user:p%40ss@"),
@@ -96,17 +96,21 @@ fn the_upstream_is_reached_through_the_proxy_that_the_environment_names() {
         }
         let received = tunnels.received();
         let [all] = received.as_slice() else {
-            panic!("{variable}: not one tunnel but {received:#?}");
+            panic!("{variable}: expected one tunnel: {received:#?}");
         };
         let connect = format!("CONNECT localhost:{} HTTP/1.1\r\n", upstream.port);
         assert!(all.starts_with(&connect), "{variable}: {all}");
         let head = all.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
         assert!(!head.contains("\r\nauthorization:"), "{variable}: {head}");
         // base64 of `user:p@ss`
-        let own = format!("{head}\r\n").contains("\r\nproxy-authorization: basic dxnlcjpwqhnz\r\n");
-        assert_eq!(own, !user.is_empty(), "{variable}: {head}");
+        let has_password =
+            format!("{head}\r\n").contains("\r\nproxy-authorization: basic dxnlcjpwqhnz\r\n");
+        assert_eq!(has_password, !user.is_empty(), "{variable}: {head}");
         for hidden in [KEY, "/v1/responses"] {
-            assert!(!all.contains(hidden), "{variable}: TLS is end to end");
+            assert!(
+                !all.contains(hidden),
+                "{variable}: {hidden} is not encrypted"
+            );
         }
         assert_eq!(upstream.connections(), 1, "{variable}");
         let head = upstream.requests().remove(0).head;
@@ -130,18 +134,19 @@ fn websocket_goes_through_the_proxy_encrypted() {
     assert_eq!(client.read_until_closed().unwrap(), b"");
     let received = tunnels.received();
     let [all] = received.as_slice() else {
-        panic!("not one tunnel but {received:#?}");
+        panic!("expected one tunnel: {received:#?}");
     };
     assert!(all.starts_with("CONNECT localhost:"), "{all}");
     for hidden in [KEY, "/v1/responses", "websocket", "secret"] {
-        assert!(!all.contains(hidden), "TLS is end to end: {all}");
+        assert!(!all.contains(hidden), "{hidden} is not encrypted: {all}");
     }
 }
 
 #[test]
-fn variables_say_what_is_reached_directly() {
+fn variables_select_proxy_or_direct_connection() {
     const PLAIN: &str = "localhost, without TLS";
-    // What is reached through RIGHT is not reached directly, and nothing ever through WRONG. The module has more.
+    // With RIGHT, the connection goes through that proxy, else directly; never through WRONG. The unit tests of
+    // `upstream` have more cases.
     for (host, variables) in [
         ("localhost", "HTTPS_PROXY=RIGHT;ALL_PROXY=WRONG"),
         ("localhost", "ALL_PROXY=RIGHT;HTTP_PROXY=WRONG"),
@@ -151,7 +156,7 @@ fn variables_say_what_is_reached_directly() {
         ("127.0.0.1", "ALL_PROXY=WRONG;NO_PROXY=127.0.0.1"),
         ("127.0.0.1", "ALL_PROXY=WRONG;NO_PROXY=127.0.0.0/8"),
         ("127.0.0.1", "ALL_PROXY=RIGHT;NO_PROXY=10.0.0.0/8"),
-        // No proxy ever sees what isn't encrypted.
+        // Unencrypted requests never go through a proxy.
         (PLAIN, "HTTP_PROXY=WRONG;HTTPS_PROXY=WRONG"),
         (PLAIN, "ALL_PROXY=WRONG"),
     ] {
@@ -181,36 +186,36 @@ fn variables_say_what_is_reached_directly() {
 
 #[test]
 fn any_2xx_response_to_connect_opens_the_tunnel() {
-    for answer in [
+    for response in [
         "HTTP/1.0 200 Connection established\r\n\r\n",
         "HTTP/1.1 201 Created\r\n\r\n",
         "HTTP/1.1 204 No Content\r\nProxy-Agent: x\r\n\r\n",
-        // Neither means anything here (RFC 9112, section 6.3).
+        // These framing fields must be ignored (RFC 9112, section 6.3).
         "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
         "HTTP/1.1 299 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n",
     ] {
         let upstream = Upstream::start(ok);
-        let url = Tunnels::start(answer).url;
+        let url = Tunnels::start(response).url;
         let proxy = ProxyCommand::for_upstream(&upstream)
             .env("HTTPS_PROXY", url)
             .start();
-        assert_eq!(proxy.post_default().status(), 200, "{answer:?}");
+        assert_eq!(proxy.post_default().status(), 200, "{response:?}");
     }
 }
 
 #[test]
-fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
-    let nobody = format!("http://{}", nobody.unwrap());
-    let answers = [
+fn failed_tunnel_returns_502_naming_the_proxy() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    let closed = format!("http://{}", closed.unwrap());
+    let responses = [
         "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic\r\n\r\n",
         "HTTP/1.1 403 Forbidden\r\nContent-Length: 6\r\n\r\nno way",
         "HTTP/1.1 503 Service Unavailable\r\n\r\n",
         "what is this\r\n\r\n",
         "",
     ];
-    let proxies = answers.map(|answer| (answer, Tunnels::start(answer).url));
-    for (name, url) in proxies.into_iter().chain([("no proxy there", nobody)]) {
+    let proxies = responses.map(|response| (response, Tunnels::start(response).url));
+    for (name, url) in proxies.into_iter().chain([("closed port", closed)]) {
         let upstream = Upstream::start(ok);
         let mut proxy = ProxyCommand::for_upstream(&upstream)
             .env("HTTPS_PROXY", url)
@@ -218,7 +223,7 @@ fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
         let response = proxy.post_default();
         assert_eq!(response.status(), 502, "{name:?}");
         let line = proxy.wait_for_request("request ", &["status=502", "(proxy)"]);
-        // The operator is told the status of the proxy's response.
+        // The log names the status of the proxy's response.
         let status = name
             .strip_prefix("HTTP/1.1 ")
             .and_then(|rest| rest.get(..3));
@@ -229,7 +234,7 @@ fn a_proxy_that_makes_no_tunnel_is_a_502_that_says_so() {
         let message = response.error_message();
         assert!(!message.contains(KEY), "{name:?}: {message}");
         assert!(message.contains("proxy"), "{name:?}: {message}");
-        let around = upstream.connections();
-        assert_eq!(around, 0, "{name:?}: nothing goes around the proxy");
+        let direct = upstream.connections();
+        assert_eq!(direct, 0, "{name:?}: a connection bypassed the proxy");
     }
 }
