@@ -1,4 +1,4 @@
-//! The key exists once: after 10,000 requests, all of the process's memory holds it in one place, the locked page.
+//! The key exists once in the process's memory, in a locked page, even after 10,000 requests.
 
 #![cfg(target_os = "linux")]
 
@@ -9,21 +9,21 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{sync::Barrier, thread};
 use support::*;
 
-/// As many connections at once, each with as many requests one after the other.
+/// The number of concurrent connections, each with many sequential requests.
 const CONNECTIONS: usize = 32;
 
-/// What comes of a request; the stand-in and the client do as it says. Nothing of the request comes back.
+/// Cases by name, with the status of the response. Stand-in and client act accordingly. No response repeats the request.
 const CASES: [(&str, Option<u16>); 7] = [
-    ("whole", Some(200)),
+    ("complete", Some(200)),
     ("events", Some(200)),
     ("error", Some(401)),
-    ("refused", Some(403)),
-    ("no answer", Some(502)),
-    ("an answer that breaks off", None),
-    ("an upload that is aborted", None),
+    ("rejected", Some(403)),
+    ("no response", Some(502)),
+    ("truncated response", None),
+    ("aborted upload", None),
 ];
 
-/// Which of them a request is about, by its number. What ends a connection is dear, so it comes less often.
+/// The case of the request with this number. Cases that close a connection are slow, so they are less frequent.
 fn case(number: usize) -> (&'static str, Option<u16>) {
     match CASES.get(number) {
         Some(case) => *case,
@@ -32,25 +32,25 @@ fn case(number: usize) -> (&'static str, Option<u16>) {
     }
 }
 
-/// One that takes more than the sockets on the way do of it, and is ended at the end.
-const STUCK: &str = "an upload that is stuck";
+/// A case for an upload that fills all socket buffers. The test aborts it at its end.
+const STUCK: &str = "stuck upload";
 
-fn stand_in(ended: SharedReceiver<()>) -> impl Script {
+fn stand_in(aborted: SharedReceiver<()>) -> impl Script {
     let all_open = Barrier::new(CONNECTIONS);
     move |request: &mut UpstreamRequest<'_>| {
         let case = request.header("x-case");
         if case == STUCK {
-            return ended.recv();
+            return aborted.recv();
         }
         if request.read_body()? == b"first" {
-            // As many connections as clients: none is answered before all are there.
+            // No response before all clients have sent a request: this opens one connection for each client.
             all_open.wait();
         }
         match case.as_str() {
-            "whole" => request.respond("200 OK", "", &[b'.'; 300]),
+            "complete" => request.respond("200 OK", "", &[b'.'; 300]),
             "error" => request.respond("401 Unauthorized", "", b"{\"error\":{}}"),
-            "no answer" => request.close(),
-            "an answer that breaks off" => {
+            "no response" => request.close(),
+            "truncated response" => {
                 request.start_events()?;
                 request.chunk("data: one\n\n")?;
                 request.close_abruptly()
@@ -60,17 +60,17 @@ fn stand_in(ended: SharedReceiver<()>) -> impl Script {
     }
 }
 
-/// Makes request after request on a connection, or on a new one where the last has ended; the last is kept.
-fn ask(port: u16, requests: usize) -> Client {
+/// Sends requests one after the other, on a new connection if the last one was closed. Returns the last connection.
+fn send_requests(port: u16, requests: usize) -> Client {
     let mut client = Client::connect(port);
     for number in 0..requests {
         let (case, expected) = case(number);
-        // Heads of many lengths: the key never falls on the same place of a buffer.
+        // Heads of different lengths put the key at different offsets in buffers.
         let padding = "p".repeat(number * 7 % 500);
         let headers = format!("X-Case: {case}\r\nX-Padding: {padding}\r\nAuthorization: mine\r\n");
         let status = match case {
-            "refused" => client.status_of("GET /v1/models").ok(),
-            "an upload that is aborted" => {
+            "rejected" => client.status_of("GET /v1/models").ok(),
+            "aborted upload" => {
                 let head = client.post_head(&format!("{headers}Content-Length: 1000\r\n"));
                 client.send(head + "half").unwrap();
                 None
@@ -92,8 +92,8 @@ fn ask(port: u16, requests: usize) -> Client {
     client
 }
 
-/// Gets an upload stuck, and ends it in the middle.
-fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
+/// Sends an upload until it is stuck, and aborts it.
+fn abort_stuck_upload(proxy: &Proxy, release: impl FnOnce()) {
     let sent = AtomicU64::new(0);
     let mut client = proxy.client();
     let socket = client.socket().try_clone().unwrap();
@@ -110,25 +110,29 @@ fn get_stuck(proxy: &Proxy, end: impl FnOnce()) {
         assert!(sent.load(SeqCst) > 0);
         socket.shutdown(std::net::Shutdown::Both).unwrap();
     });
-    end();
+    release();
 }
 
-/// Has the proxy do all that there is, this often on each connection, and looks for the key.
-fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(ProxyCommand) -> ProxyCommand) {
+/// Runs all cases, with this many requests on each connection, and checks that the key is in memory once.
+fn assert_once_after_requests(
+    is_tls: bool,
+    requests: usize,
+    extend: impl FnOnce(ProxyCommand) -> ProxyCommand,
+) {
     if !require_root("reading all of the proxy's memory") {
         return;
     }
-    let (end, ended) = channel();
+    let (abort, aborted) = channel();
     let upstream = match is_tls {
-        true => Upstream::start(stand_in(ended)),
-        false => Upstream::start_plain(stand_in(ended)),
+        true => Upstream::start(stand_in(aborted)),
+        false => Upstream::start_plain(stand_in(aborted)),
     };
-    let proxy = more(ProxyCommand::for_upstream(&upstream)).start();
+    let proxy = extend(ProxyCommand::for_upstream(&upstream)).start();
     let port = proxy.port;
-    let clients = [(); CONNECTIONS].map(|()| thread::spawn(move || ask(port, requests)));
-    // Kept, so that every connection is still there when the memory is read.
+    let clients = [(); CONNECTIONS].map(|()| thread::spawn(move || send_requests(port, requests)));
+    // All connections stay open while the memory is read.
     let clients = clients.map(|client| client.join().unwrap());
-    get_stuck(&proxy, || end.send(()).unwrap());
+    abort_stuck_upload(&proxy, || abort.send(()).unwrap());
     wait_until_idle(&proxy, || 0);
     let recorded = upstream.requests();
     let bearer = format!("Bearer {KEY}");
@@ -136,7 +140,7 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(ProxyCommand) ->
         assert_eq!(recorded.head.all("authorization"), [&bearer]);
     }
     let complete = recorded.iter().filter(|recorded| recorded.complete).count();
-    let incomplete = ["refused", "an upload that is aborted"];
+    let incomplete = ["rejected", "aborted upload"];
     let cases = (0..requests).map(|number| case(number).0);
     let expected = cases.filter(|case| !incomplete.contains(case)).count();
     assert_eq!(complete, CONNECTIONS * expected);
@@ -145,93 +149,96 @@ fn assert_once(is_tls: bool, requests: usize, more: impl FnOnce(ProxyCommand) ->
     drop(clients);
 }
 
-/// Stops the program, and looks for the key in all of its memory.
+/// Freezes the program and checks that its memory contains the key once, in a locked page.
 fn assert_once_in_memory(proxy: &Proxy) {
     proxy.freeze();
     let memory = Memory::read(proxy);
     let bytes = memory.bytes() as u64;
-    assert!(bytes > MIB, "{bytes} bytes are not all of its memory");
+    assert!(bytes > MIB, "only {bytes} bytes of memory were read");
     let name = memory.find(b"codex-responses-api-proxy");
-    assert!(name.len() > 1, "what must be there is found");
-    // The key, and any 15 bytes of it: a piece left in a buffer that was partly overwritten counts, too.
+    assert!(
+        name.len() > 1,
+        "the search does not find strings that are present"
+    );
+    // Any 15 bytes of the key contain one of these parts, so a copy that is partly overwritten is found, too.
     let whole = memory.find(KEY.as_bytes());
     assert_eq!(whole.len(), 1, "the key: {whole:#?}");
     for part in KEY.as_bytes()["sk-proj-".len()..].chunks_exact(8) {
-        let places = memory.find(part);
-        assert_eq!(places.len(), 1, "a part of the key: {places:#?}");
+        let matches = memory.find(part);
+        assert_eq!(matches.len(), 1, "a part of the key: {matches:#?}");
     }
     let bearers = memory.find(format!("Bearer {KEY}").as_bytes());
     assert!(bearers.len() <= 1, "{bearers:#?}");
 
     let mapping = whole[0].0;
-    let only_to_read = MMPermissions::READ | MMPermissions::PRIVATE;
-    assert_eq!(mapping.perms, only_to_read, "{mapping:?}");
+    let read_only = MMPermissions::READ | MMPermissions::PRIVATE;
+    assert_eq!(mapping.perms, read_only, "{mapping:?}");
     assert!(mapping.extension.map["Locked"] > 0, "{mapping:?}");
-    // Locked, not in dumps, not in forks.
+    // Locked, excluded from core dumps, not inherited by forks.
     let flags = VmFlags::LO | VmFlags::DD | VmFlags::DC;
     assert!(mapping.extension.vm_flags.contains(flags), "{mapping:?}");
 }
 
 #[test]
-fn after_10_000_requests_the_key_is_in_one_locked_page_and_nowhere_else() {
-    // Even a key that is in the environment as well, as with `printenv OPENAI_API_KEY | …`.
-    assert_once(true, 315, |command| {
+fn key_is_in_one_locked_page_after_10_000_requests() {
+    // The key is in the environment as well, as with `printenv OPENAI_API_KEY | …`.
+    assert_once_after_requests(true, 315, |command| {
         let command = command.env("OPENAI_API_KEY", KEY);
         command.env("OTHER", format!("a {KEY} b"))
     });
 }
 
 #[test]
-fn a_key_of_any_length_that_is_in_the_environment_too_is_there_once() {
+fn key_in_the_environment_too_is_in_memory_once() {
     if !require_root("reading all of the proxy's memory") {
         return;
     }
     for length in [20, 100, 132, 300, 520, 1000, 1017, 3000, 4072] {
-        // No two lengths have the same parts, and no part comes twice.
+        // Keys of different lengths share no part, and no part occurs twice.
         let letter = |n| char::from(b'a' + (n * n % 251 % 26) as u8);
         let key: String = (0..length).map(letter).collect();
-        // With blanks before it, it is moved within its page.
+        // The leading space is trimmed, so the key is moved within its page.
         let command = ProxyCommand::new().stdin_bytes(format!(" {key}"));
         let command = command
             .url("https://localhost:9/")
             .env("OPENAI_API_KEY", &key);
         let proxy = command.env("ANOTHER", format!("{key}{key}")).start();
         proxy.freeze();
-        let places = Memory::read(&proxy).find(key.as_bytes()).len();
-        assert_eq!(places, 1, "{length} bytes");
+        let count = Memory::read(&proxy).find(key.as_bytes()).len();
+        assert_eq!(count, 1, "{length} bytes");
     }
 }
 
 #[test]
-fn neither_dumps_nor_an_upstream_without_tls_leave_it_anywhere_else() {
+fn key_is_in_memory_once_with_dumps_or_a_plain_upstream() {
     let dir = TestDir::new();
-    assert_once(true, 14, |command| {
+    assert_once_after_requests(true, 14, |command| {
         command.arg("--dump-dir").arg(dir.join("dumps"))
     });
-    assert_once(false, 14, |command| command);
+    assert_once_after_requests(false, 14, |command| command);
 }
 
 #[test]
-fn a_thousand_open_websockets_hold_the_key_once() {
+fn key_is_in_memory_once_with_a_thousand_websockets() {
     const TUNNELS: usize = 1_000;
     if !require_root("reading all of the proxy's memory") {
         return;
     }
-    // Both ends are here, and each tunnel may need two descriptors at either.
+    // This process has both ends of the connections, and a tunnel may need two descriptors for each.
     raise_descriptor_limit(5_000);
     let upstream = Upstream::start(|request| match request.header("x-case").as_str() {
-        "refused" => request.respond("401 Unauthorized", "", b""),
+        "rejected" => request.respond("401 Unauthorized", "", b""),
         _ => echo_tunnel(request),
     });
     let proxy = start_with_websocket(&upstream);
-    let is_after_another = |number: usize| number.is_multiple_of(10);
+    let has_rejected_first = |number: usize| number.is_multiple_of(10);
     let begin = |number| {
-        // Heads of many lengths, as above.
+        // Different lengths, as above.
         let padding = "p".repeat(number * 7 % 500);
         let headers = format!("X-Padding: {padding}\r\nAuthorization: mine\r\n");
-        let refused = handshake(&format!("{headers}X-Case: refused\r\n"));
-        let before = if is_after_another(number) {
-            &*refused
+        let rejected = handshake(&format!("{headers}X-Case: rejected\r\n"));
+        let before = if has_rejected_first(number) {
+            &*rejected
         } else {
             ""
         };
@@ -242,7 +249,7 @@ fn a_thousand_open_websockets_hold_the_key_once() {
     };
     let mut clients: Vec<_> = (0..TUNNELS).map(begin).collect();
     for (number, client) in clients.iter_mut().enumerate() {
-        if is_after_another(number) {
+        if has_rejected_first(number) {
             assert_eq!(client.read_response().unwrap().status(), 401);
         }
         assert_eq!(client.read_head().unwrap().status(), 101);

@@ -1,4 +1,4 @@
-//! Started as root, the proxy drops root before it serves anybody. What the user that it becomes cannot do, root can.
+//! Started as root, the proxy drops root before it serves requests. Its new user cannot access what root can.
 
 #![cfg(target_os = "linux")]
 
@@ -13,14 +13,14 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use support::*;
 
-/// Real, effective, saved and file system id of the proxy's user and of its group, and its effective capabilities.
+/// Real, effective, saved and file system UIDs and GIDs of the proxy, and its effective capabilities.
 fn ids(proxy: &Proxy) -> ([u32; 4], [u32; 4], u64) {
     let s = process(proxy).status().unwrap();
     let users = [s.ruid, s.euid, s.suid, s.fuid];
     (users, [s.rgid, s.egid, s.sgid, s.fgid], s.capeff)
 }
 
-/// Whether /proc gives its memory to root alone, as of every process that is not dumpable.
+/// Whether the process is dumpable. If not, its files in /proc belong to root.
 fn is_dumpable(proxy: &Proxy) -> bool {
     let memory = fs::metadata(format!("/proc/{}/mem", proxy.pid())).unwrap();
     memory.uid() != 0
@@ -40,7 +40,7 @@ fn drops_root_groups_and_capabilities_before_serving() {
 }
 
 #[test]
-fn dropped_user_cannot_reach_what_is_roots() {
+fn dropped_user_cannot_access_roots_resources() {
     if !require_root("dropping root") {
         return;
     }
@@ -57,11 +57,11 @@ fn dropped_user_cannot_reach_what_is_roots() {
         match what {
             "read" => File::open(&file).map(drop),
             "connect" => UnixStream::connect(&socket).map(drop),
-            "look at the proxy" => File::open(&memory).map(drop),
+            "read the proxy's memory" => File::open(&memory).map(drop),
             _ => Ok(kill(Pid::parent(), None::<Signal>)?),
         }
     };
-    for what in ["read", "connect", "look at the proxy", "signal"] {
+    for what in ["read", "connect", "read the proxy's memory", "signal"] {
         attempt(what).expect(what);
         let error = as_user(ids(&proxy).0[0], || attempt(what)).expect_err(what);
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{what}");
@@ -69,7 +69,7 @@ fn dropped_user_cannot_reach_what_is_roots() {
 }
 
 #[test]
-fn stays_root_with_a_log_line_where_it_must() {
+fn stays_root_where_necessary_and_logs_the_reason() {
     if !require_root("staying root") {
         return;
     }

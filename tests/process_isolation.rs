@@ -1,4 +1,4 @@
-//! What can be seen of the process from outside: not its stdin, not its memory, and nowhere the key.
+//! Other processes cannot read the proxy's stdin, environment or memory.
 
 #![cfg(target_os = "linux")]
 
@@ -17,8 +17,8 @@ use std::process::{Command, Stdio};
 use support::*;
 
 #[test]
-fn stdin_is_dev_null_and_neither_descriptors_nor_the_environment_lead_to_the_key() {
-    if !require_root("looking at all descriptors and the environment") {
+fn stdin_descriptors_and_environment_do_not_reveal_the_key() {
+    if !require_root("reading all descriptors and the environment") {
         return;
     }
     let dir = TestDir::new();
@@ -26,7 +26,7 @@ fn stdin_is_dev_null_and_neither_descriptors_nor_the_environment_lead_to_the_key
     fs::write(&file, format!("{KEY}\n")).unwrap();
     let from_file = ProxyCommand::new().stdin(File::open(&file).unwrap());
     for command in [ProxyCommand::new(), from_file] {
-        // As with `printenv OPENAI_API_KEY | …`: whoever pipes the key in often has it in the environment, too.
+        // With `printenv OPENAI_API_KEY | …`, the key is in the environment as well.
         let command = command.env("OPENAI_API_KEY", KEY);
         let proxy = command.env("PREFIXED", format!("x{KEY}")).start();
         let descriptors = format!("/proc/{}/fd", proxy.pid());
@@ -46,16 +46,16 @@ fn stdin_is_dev_null_and_neither_descriptors_nor_the_environment_lead_to_the_key
 }
 
 #[test]
-fn it_dumps_no_core_and_gains_no_privileges() {
+fn core_dumps_and_new_privileges_are_disabled() {
     let proxy = ProxyCommand::new().start();
     let core = process(&proxy).limits().unwrap().max_core_file_size;
-    let is_none = |limit| matches!(limit, LimitValue::Value(0));
-    assert!(is_none(core.soft_limit) && is_none(core.hard_limit));
+    let is_zero = |limit| matches!(limit, LimitValue::Value(0));
+    assert!(is_zero(core.soft_limit) && is_zero(core.hard_limit));
     assert_eq!(process(&proxy).status().unwrap().nonewprivs, Some(1));
 }
 
-/// Makes an attempt at what this is of a process.
-fn look(pid: Pid, what: &str) -> io::Result<()> {
+/// Tries to access a process in one of several ways.
+fn inspect(pid: Pid, what: &str) -> io::Result<()> {
     match what {
         "ptrace" => Ok(ptrace::seize(pid, ptrace::Options::empty())?),
         "pidfd_getfd" => {
@@ -70,7 +70,7 @@ fn look(pid: Pid, what: &str) -> io::Result<()> {
         "fd" => fs::read_dir(format!("/proc/{pid}/fd")).map(drop),
         _ => {
             let mut file = File::open(format!("/proc/{pid}/{what}"))?;
-            // Of `mem`, nothing is at address 0: being let in is what counts.
+            // Reading address 0 of `mem` fails even with access, so only `open` counts.
             match file.read(&mut [0]) {
                 Err(error) if what != "mem" => Err(error),
                 _ => Ok(()),
@@ -80,8 +80,8 @@ fn look(pid: Pid, what: &str) -> io::Result<()> {
 }
 
 #[test]
-fn another_process_of_the_same_user_can_look_at_nothing() {
-    // Root may look at everything; so as root, both are somebody else.
+fn process_of_the_same_user_cannot_inspect_the_proxy() {
+    // Root can inspect everything. As root, this test runs both processes as another user.
     const USER: u32 = 65534;
     let root = geteuid().is_root();
     let as_other = |mut command: Command| {
@@ -102,18 +102,18 @@ fn another_process_of_the_same_user_can_look_at_nothing() {
         .spawn();
 
     for what in "mem maps smaps environ auxv stack fd fd/0 ptrace pidfd_getfd".split(' ') {
-        let look = |pid| match root {
-            true => as_user(USER, || look(pid, what)),
-            false => look(pid, what),
+        let inspect = |pid| match root {
+            true => as_user(USER, || inspect(pid, what)),
+            false => inspect(pid, what),
         };
         let reading_a_pipe_would_block = what == "fd/0";
-        if !reading_a_pipe_would_block && let Err(error) = look(ordinary.pid()) {
-            // It must be the proxy that forbids it.
-            let why = format!("not even an ordinary process can be looked at: {error}");
+        if !reading_a_pipe_would_block && let Err(error) = inspect(ordinary.pid()) {
+            // The test proves nothing if the system denies access to every process.
+            let why = format!("an ordinary process cannot be inspected either: {error}");
             skip(what, &why);
             continue;
         }
-        let error = look(proxy.pid()).expect_err(what);
+        let error = inspect(proxy.pid()).expect_err(what);
         let denied = error.kind() == io::ErrorKind::PermissionDenied;
         assert!(denied, "{what}: {error}");
     }

@@ -1,5 +1,5 @@
-//! A plain upstream gets the key only if its end of the connection is root's, the starting user's or that of
-//! `--upstream-user`: any local user can listen on a loopback port.
+//! A plain upstream gets the key only if its socket belongs to root, the starting user or `--upstream-user`: any local
+//! user can listen on a loopback port.
 
 #![cfg(target_os = "linux")]
 
@@ -10,13 +10,12 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use support::*;
 
-/// A user that no system gives a name to.
+/// A UID without a name.
 const STRANGER: u32 = 3_900_301;
 
-/// A request through a proxy with these arguments to what listens on `listener`: its status, what came, and
-/// the last line of the log.
+/// Sends a request through a proxy with these arguments to `listener`. Returns the status and what `listener` received.
 ///
-/// The listener's owner either accepts as soon as it can, or only once the response is there.
+/// `listener` accepts the connection either at once or only after the response.
 fn request(
     listener: &TcpListener,
     host: &str,
@@ -51,7 +50,7 @@ fn request(
 }
 
 #[test]
-fn port_of_another_user_gets_no_key() {
+fn listener_of_another_user_gets_no_key() {
     if !require_root("an upstream of another user") {
         return;
     }
@@ -74,7 +73,7 @@ fn port_of_another_user_gets_no_key() {
 }
 
 #[test]
-fn port_of_the_upstream_user_gets_the_key() {
+fn listener_of_the_upstream_user_gets_the_key() {
     if !require_root("an upstream of another user") {
         return;
     }
@@ -86,7 +85,7 @@ fn port_of_the_upstream_user_gets_the_key() {
 }
 
 #[test]
-fn stranger_on_the_other_loopback_address_gets_no_key() {
+fn other_users_listener_on_ipv6_loopback_gets_no_key() {
     let what = "an upstream on one of two loopback addresses";
     let dir = TestDir::new();
     let hosts = dir.join("hosts");
