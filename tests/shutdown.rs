@@ -1,5 +1,5 @@
-//! Stopping: streams in flight finish, nothing new begins, idle connections don't hold it up, and a second signal ends
-//! it at once.
+//! Shutdown: streams in flight finish, new connections are refused, idle ones do not delay the exit, and a second signal
+//! exits at once.
 
 mod support;
 
@@ -9,14 +9,13 @@ use std::path::Path;
 use std::{io::ErrorKind, net::TcpStream, sync::mpsc::Sender, time::Duration};
 use support::*;
 
-/// Whether the program leaves a signal alone, since the system does not tell whether it was ignored at startup.
-fn is_default_here(way: &str) -> bool {
-    !cfg!(target_os = "linux") && ["SIGHUP", "SIGQUIT"].contains(&way)
+/// Whether this platform keeps the default action of a signal: only Linux shows whether it was ignored at startup.
+fn keeps_default_action(trigger: &str) -> bool {
+    !cfg!(target_os = "linux") && ["SIGHUP", "SIGQUIT"].contains(&trigger)
 }
 
-/// Whether an info file names no port any more. Started as root, the program has left root by then and can
-/// only empty the file.
-fn is_gone(info: &Path) -> bool {
+/// Whether an info file is removed. A program that was started as root has dropped root, and can only empty the file.
+fn is_removed(info: &Path) -> bool {
     std::fs::read(info).is_ok_and(|text| geteuid().is_root() && text.is_empty()) || !info.exists()
 }
 
@@ -27,8 +26,8 @@ fn wait_until_refused(proxy: &Proxy) {
     });
 }
 
-/// An upstream whose answers begin at once and end when the test says so.
-fn holding() -> (Upstream, Sender<()>) {
+/// An upstream that starts a response at once and ends it when the test says so.
+fn start_holding() -> (Upstream, Sender<()>) {
     let (release, released) = channel();
     let upstream = Upstream::start(move |request| {
         if request.read_body()? != b"hold" {
@@ -43,7 +42,7 @@ fn holding() -> (Upstream, Sender<()>) {
     (upstream, release)
 }
 
-fn streaming(proxy: &Proxy) -> Client {
+fn start_stream(proxy: &Proxy) -> Client {
     let mut client = proxy.client();
     client.send_post("", "hold").unwrap();
     assert_eq!(client.read_head().unwrap().status(), 200);
@@ -52,43 +51,43 @@ fn streaming(proxy: &Proxy) -> Client {
 }
 
 #[test]
-fn streams_in_flight_finish_while_all_else_ends_and_the_port_can_be_bound_again() {
+fn streams_finish_others_close_and_the_port_is_free() {
     let port = unused_port().to_string();
-    for way in ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "GET /shutdown"] {
-        if is_default_here(way) {
+    for trigger in ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "GET /shutdown"] {
+        if keeps_default_action(trigger) {
             continue;
         }
-        let (upstream, release) = holding();
+        let (upstream, release) = start_holding();
         let command = ProxyCommand::for_upstream(&upstream).arg("--http-shutdown");
-        // The last one closed connections first, so its end of them lingers in the kernel: the port is free at once.
+        // Connections of the previous process are in TIME_WAIT. The port must be usable anyway.
         let mut proxy = command.args(["--port", &port]).start();
-        let mut stream = streaming(&proxy);
+        let mut stream = start_stream(&proxy);
         let mut idle = proxy.client();
-        assert_eq!(idle.post_default().unwrap().status(), 200, "{way}");
+        assert_eq!(idle.post_default().unwrap().status(), 200, "{trigger}");
         let mut fresh = proxy.client();
 
-        proxy.trigger_shutdown(way);
+        proxy.trigger_shutdown(trigger);
         wait_until_refused(&proxy);
         for client in [&mut idle, &mut fresh] {
             let received = client.read_until_closed().unwrap();
-            let answered = received.starts_with(b"HTTP/1.1 2");
-            assert!(!answered, "{way}: {}", received.escape_ascii());
+            let is_served = received.starts_with(b"HTTP/1.1 2");
+            assert!(!is_served, "{trigger}: {}", received.escape_ascii());
         }
-        assert!(proxy.is_running(), "{way}: the stream is still in flight");
+        assert!(proxy.is_running(), "{trigger}: the stream is in flight");
         release.send(()).unwrap();
         let rest = stream.read_rest().unwrap();
-        assert_eq!(rest, b"data: 2\n\n", "{way}: the stream arrives whole");
-        assert_eq!(stream.read_until_closed().unwrap(), b"", "{way}");
-        assert_eq!(proxy.wait().status.code(), Some(0), "{way}");
+        assert_eq!(rest, b"data: 2\n\n", "{trigger}: the stream is complete");
+        assert_eq!(stream.read_until_closed().unwrap(), b"", "{trigger}");
+        assert_eq!(proxy.wait().status.code(), Some(0), "{trigger}");
     }
 }
 
 #[test]
-fn an_upload_in_flight_is_finished_and_answered() {
-    let (tell, arrived) = channel();
+fn upload_in_flight_finishes_and_gets_its_response() {
+    let (notify, arrived) = channel();
     let (upstream, proxy) = serve(move |request| {
         request.read_part()?;
-        tell.send(()).unwrap();
+        notify.send(()).unwrap();
         ok(request)
     });
     let mut client = proxy.client();
@@ -101,18 +100,18 @@ fn an_upload_in_flight_is_finished_and_answered() {
     let response = client.read_response().unwrap();
     assert_eq!(response.status(), 200);
     let connection = response.head.get("connection");
-    assert_eq!(connection, Some("close"), "there is no next request");
+    assert_eq!(connection, Some("close"), "no further request is accepted");
     assert_eq!(proxy.wait().status.code(), Some(0));
     assert_eq!(upstream.single_request().body, b"first-last");
 }
 
 #[test]
-fn shutdown_lets_busy_and_starting_websockets_finish() {
-    let (tell, arrived) = channel();
+fn busy_and_starting_websockets_finish() {
+    let (notify, arrived) = channel();
     let (release, released) = channel();
     let upstream = Upstream::start(move |request| {
         if request.header("x-case") == "starting" {
-            tell.send(()).unwrap();
+            notify.send(()).unwrap();
             released.recv()?;
         }
         echo_tunnel(request)
@@ -142,36 +141,35 @@ fn shutdown_lets_busy_and_starting_websockets_finish() {
 }
 
 #[test]
-fn clients_with_nothing_in_flight_that_never_leave_do_not_hold_it_up() {
-    // A connection that has sent nothing yet has half a second to do so. Clients that were waited for would take
-    // seconds, up to thirty.
-    const SOON: Duration = Duration::from_millis(1500);
+fn idle_clients_do_not_delay_shutdown() {
+    // A new connection may take half a second to send a request. Waiting for a client would take seconds, up to 30.
+    const IDLE_SHUTDOWN: Duration = Duration::from_millis(1500);
     let upstream = Upstream::start(ok);
     let post = "POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}";
     let proxy = ProxyCommand::for_upstream(&upstream).start();
     let mut clients = Vec::new();
     for _ in 0..5 {
-        // The first one stays fresh.
+        // The first one sends nothing.
         let mut six = [(); 6].map(|()| proxy.client());
         assert_eq!(six[1].post_default().unwrap().status(), 200);
         assert_eq!(six[2].status_of("GET /v1/models").unwrap(), 403);
         six[3].send(post).unwrap();
         assert_eq!(six[3].read_response().unwrap().status(), 403);
         assert_eq!(six[4].post_default().unwrap().status(), 200);
-        for half in &mut six[4..] {
-            half.send("POST /v1/responses HTTP/1.1\r\nHo").unwrap();
+        for client in &mut six[4..] {
+            client.send("POST /v1/responses HTTP/1.1\r\nHo").unwrap();
         }
         clients.extend(six);
     }
-    // Each has been accepted, and what it sent been read, before the last of them is answered.
+    // This response shows that all of them were accepted and their bytes read.
     assert_eq!(proxy.post_default().status(), 200);
     proxy.signal(SIGTERM);
-    assert_eq!(proxy.wait_for(SOON).status.code(), Some(0));
+    assert_eq!(proxy.wait_for(IDLE_SHUTDOWN).status.code(), Some(0));
     drop(clients);
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn second_signal_exits_at_once() {
     for [first, second] in [
         ["SIGTERM", "SIGTERM"],
         ["SIGINT", "SIGINT"],
@@ -179,25 +177,30 @@ fn a_second_signal_ends_it_at_once() {
         ["SIGHUP", "SIGQUIT"],
         ["GET /shutdown", "SIGTERM"],
     ] {
-        if is_default_here(first) {
+        if keeps_default_action(first) {
             continue;
         }
-        let (upstream, _never) = holding();
+        let (upstream, _release) = start_holding();
         let dir = TestDir::new();
         let info = dir.join("info.json");
         let command = ProxyCommand::for_upstream(&upstream).arg("--http-shutdown");
         let mut proxy = command.arg("--server-info").arg(&info).start();
-        let mut stream = streaming(&proxy);
+        let mut stream = start_stream(&proxy);
         assert!(info.exists());
         proxy.trigger_shutdown(first);
         wait_until_refused(&proxy);
-        assert!(is_gone(&info), "{first}: it names a port that refuses");
+        assert!(
+            is_removed(&info),
+            "{first}: the info file names a closed port"
+        );
         let running = proxy.is_running();
-        assert!(running, "{first}, {second}: the stream is still in flight");
+        assert!(running, "{first}, {second}: the stream is in flight");
         proxy.trigger_shutdown(second);
         let run = proxy.wait();
         assert_ne!(run.status.code(), Some(0), "{first}, {second}: {run:?}");
-        stream.read_rest().expect_err("the stream is broken off");
+        stream
+            .read_rest()
+            .expect_err("the stream must be truncated");
     }
 }
 
@@ -213,7 +216,7 @@ fn info_file_is_removed_by_two_signals_at_once() {
             proxy.signal(signal);
         }
         proxy.wait();
-        assert!(is_gone(&info));
+        assert!(is_removed(&info));
     }
 }
 
@@ -230,6 +233,6 @@ fn signals_ignored_at_startup_do_not_shut_down() {
         proxy.signal(signal);
         assert_eq!(proxy.post_default().status(), 200, "{signal}");
     }
-    // If it had shut down for one of them, this would be the second signal.
+    // After a shutdown by one of them, this would be a second signal with another status.
     assert_eq!(proxy.stop().status.code(), Some(0));
 }

@@ -1,4 +1,4 @@
-//! Whatever is wrong at the start ends the program at once, non-zero, with one sentence that says what, and no panic.
+//! Startup errors: exit at once, before the key is read, with a non-zero status and one line on stderr.
 
 mod support;
 
@@ -10,8 +10,8 @@ use std::{ffi::OsStr, fs, net::TcpListener, os::unix::ffi::OsStrExt};
 use support::*;
 
 #[test]
-fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {
-    // Somebody may give the key itself where it doesn't belong.
+fn invalid_flags_exit_with_2_and_no_value_is_repeated() {
+    // A user may pass the key as an argument by mistake.
     for (args, word) in [
         ("--no-such-flag", "--help"),
         ("-x", "--help"),
@@ -39,8 +39,8 @@ fn a_bad_flag_is_one_sentence_that_repeats_no_value_and_ends_with_2() {
 }
 
 #[test]
-fn an_unusable_url_or_proxy_is_one_sentence_that_says_where_it_is_and_does_not_repeat_it() {
-    // The modules that take them apart have many more.
+fn invalid_urls_are_reported_by_source_and_not_repeated() {
+    // The unit tests of `upstream` have more cases.
     let urls = [
         "http://127.0.0.1.hunter2.example/",
         "http://0.0.0.0/hunter2",
@@ -55,21 +55,21 @@ fn an_unusable_url_or_proxy_is_one_sentence_that_says_where_it_is_and_does_not_r
         ("HTTPS_PROXY", b"http://\xff"),
     ];
     let urls = urls.map(|url| ("--upstream-url", url.as_bytes()));
-    for (given, value) in urls.into_iter().chain(proxies) {
+    for (source, value) in urls.into_iter().chain(proxies) {
         let command = ProxyCommand::without_key();
         let value = OsStr::from_bytes(value);
-        let command = match given.starts_with('-') {
-            true => command.arg(given).arg(value),
-            false => command.url("https://127.0.0.1:9/").env(given, value),
+        let command = match source.starts_with('-') {
+            true => command.arg(source).arg(value),
+            false => command.url("https://127.0.0.1:9/").env(source, value),
         };
-        let name = format!("{given} {value:?}");
-        let line = command.assert_startup_error(&name, 1, &[given]);
+        let name = format!("{source} {value:?}");
+        let line = command.assert_startup_error(&name, 1, &[source]);
         assert!(!line.contains("hunter2"), "{name}: {line}");
     }
 }
 
 #[test]
-fn an_unusable_ca_file_is_one_sentence_that_names_it() {
+fn unusable_ca_file_is_reported_by_path() {
     let dir = TestDir::new();
     let pem = |what: &str, inside: &str| {
         format!("-----BEGIN {what}-----\n{inside}\n-----END {what}-----\n").into_bytes()
@@ -77,17 +77,17 @@ fn an_unusable_ca_file_is_one_sentence_that_names_it() {
     let cases = [
         ("empty", Vec::new()),
         ("text", b"this is no certificate\n".into()),
-        ("no text", vec![0xff, 0, 0xfe, 0x30, 0x82]),
-        ("cut short", b"-----BEGIN CERTIFICATE-----\nMIIB".into()),
-        ("no base64", pem("CERTIFICATE", "!!!!")),
-        ("no certificate", pem("CERTIFICATE", "aGVsbG8=")),
-        ("a key", pem("PRIVATE KEY", "aGVsbG8=")),
+        ("binary", vec![0xff, 0, 0xfe, 0x30, 0x82]),
+        ("truncated", b"-----BEGIN CERTIFICATE-----\nMIIB".into()),
+        ("invalid base64", pem("CERTIFICATE", "!!!!")),
+        ("invalid certificate", pem("CERTIFICATE", "aGVsbG8=")),
+        ("private key", pem("PRIVATE KEY", "aGVsbG8=")),
     ];
     for (name, content) in &cases {
         fs::write(dir.join(name), content).unwrap();
     }
     let files = cases.map(|(name, _)| dir.join(name)).into_iter();
-    for path in files.chain([dir.join("none"), dir.to_owned()]) {
+    for path in files.chain([dir.join("missing"), dir.to_owned()]) {
         let flag = ProxyCommand::without_key().arg("--upstream-ca").arg(&path);
         let variable = |name| ProxyCommand::without_key().env(name, &path);
         for (source, command) in [
@@ -102,19 +102,19 @@ fn an_unusable_ca_file_is_one_sentence_that_names_it() {
 }
 
 #[test]
-fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
+fn unwritable_info_file_is_reported_by_path() {
     let dir = TestDir::new();
     fs::write(dir.join("file"), "").unwrap();
     fs::create_dir(dir.join("dir")).unwrap();
-    let nobody_can = Path::new("/proc/codex-responses-proxy/info.json");
+    let unwritable = Path::new("/proc/codex-responses-proxy/info.json");
     let fifo = dir.join("fifo");
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
-    let ours = ["file/info.json", "dir", "fifo"].map(|name| dir.join(name));
+    let in_dir = ["file/info.json", "dir", "fifo"].map(|name| dir.join(name));
     let devices = ["/dev/null", "/dev/stdout", "/dev/info.json", "/"].map(PathBuf::from);
-    let all = ours.iter().chain(&devices).map(PathBuf::as_path);
-    for path in all.chain([nobody_can]) {
-        if path == nobody_can && !Path::new("/proc/self").exists() {
-            skip("a place where nobody can write", "no /proc here");
+    let all = in_dir.iter().chain(&devices).map(PathBuf::as_path);
+    for path in all.chain([unwritable]) {
+        if path == unwritable && !Path::new("/proc/self").exists() {
+            skip("a directory that no user can write to", "no /proc here");
             continue;
         }
         let command = ProxyCommand::without_key().arg("--server-info").arg(path);
@@ -122,21 +122,21 @@ fn an_info_file_that_cannot_be_written_is_one_sentence_that_names_it() {
         command.assert_startup_error(path, 1, &[path]);
     }
     let left = fs::read_dir(&*dir).unwrap().count();
-    assert_eq!(left, 3, "nothing is left behind");
+    assert_eq!(left, 3, "no temporary file is left");
     assert!(fifo.metadata().unwrap().file_type().is_fifo());
     assert!(devices[0].metadata().unwrap().file_type().is_char_device());
 }
 
 #[test]
-fn a_port_that_is_taken_is_one_sentence_that_names_it() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = taken.local_addr().unwrap().port().to_string();
+fn port_in_use_is_reported() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
     let command = ProxyCommand::without_key().args(["--port", &port]);
-    command.assert_startup_error("a taken port", 1, &[&port]);
+    command.assert_startup_error("a port in use", 1, &[&port]);
 }
 
 #[test]
-fn no_proxy_is_read_only_with_a_proxy_and_what_it_cannot_say_is_one_line() {
+fn unusable_no_proxy_entries_are_logged_if_a_proxy_is_set() {
     let upstream = Upstream::start(ok);
     let usual = "*.local, 169.254/16, [::1], localhost:8080, x*, localhost";
     for proxy in ["", "http://127.0.0.1:9"] {
@@ -144,16 +144,16 @@ fn no_proxy_is_read_only_with_a_proxy_and_what_it_cannot_say_is_one_line() {
         let mut running = command.env("NO_PROXY", usual).start();
         assert_eq!(running.post_default().status(), 200, "{proxy}");
         running.wait_for_request("request ", &["status=200"]);
-        let mut named = running.log.clone();
-        named.retain(|line| line.contains("NO_PROXY"));
-        assert_eq!(named.len(), usize::from(!proxy.is_empty()), "{named:?}");
+        let mut lines = running.log.clone();
+        lines.retain(|line| line.contains("NO_PROXY"));
+        assert_eq!(lines.len(), usize::from(!proxy.is_empty()), "{lines:?}");
         let unusable = r#"["169.254/16", "x*"]"#;
-        assert!(named.iter().all(|line| line.contains(unusable)));
+        assert!(lines.iter().all(|line| line.contains(unusable)));
     }
 }
 
 #[test]
-fn upstream_user_that_cannot_apply_is_one_sentence() {
+fn inapplicable_upstream_user_is_rejected() {
     for (url, user) in [
         ("https://localhost/", "0"),
         ("http://localhost/", "no-such-user-here"),
