@@ -1,5 +1,5 @@
-//! What `--dump-dir` writes: whole exchanges without the keys, for their owner's eyes, and never at the exchange's
-//! expense: a full disk, a long answer or few descriptors cost the dump.
+//! `--dump-dir` writes requests and responses without keys to private files. Errors skip the dump and never affect the
+//! request.
 
 mod support;
 
@@ -9,7 +9,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use support::*;
 
-/// The files of a directory, in the order of their names.
+/// The files in a directory, sorted by name.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).unwrap();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
@@ -17,7 +17,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// A proxy that dumps, and what it needs for as long as it runs.
+/// An upstream, and the directory for the dumps of the proxy.
 struct Dumping {
     dir: TestDir,
     upstream: Upstream,
@@ -40,14 +40,14 @@ impl Dumping {
         command.arg("--dump-dir").arg(self.dumps())
     }
 
-    /// The bodies in its files, in the order of their names.
+    /// The bodies in the dumps, sorted by file name.
     fn bodies(&self) -> Vec<Value> {
         let files = files(&self.dumps()).into_iter();
         files.map(|file| json_of(&file)["body"].take()).collect()
     }
 }
 
-/// The numbers in the names of these files.
+/// The request numbers in the file names of a directory.
 fn numbers(dir: &Path) -> Vec<String> {
     let number = |file: &PathBuf| parts(file)[0].clone();
     files(dir).iter().map(number).collect()
@@ -57,7 +57,7 @@ fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-/// Number, milliseconds and kind of a file.
+/// Request number, milliseconds and kind, from the name of a file.
 fn parts(path: &Path) -> [String; 3] {
     let name = path.file_name().unwrap().to_str().unwrap();
     let parts = name.strip_suffix(".json").expect(name).split('-');
@@ -72,16 +72,16 @@ fn json_of(path: &Path) -> Value {
     serde_json::from_str(&content).unwrap_or_else(|error| panic!("{path:?}: {error}"))
 }
 
-/// The values of a header in a dump, in order.
+/// The values of a header field in a dump, in order.
 fn header<'a>(dump: &'a Value, name: &str) -> Vec<&'a str> {
     let headers = dump["headers"].as_array().unwrap().iter();
-    let of_name = headers.filter(|header| header["name"] == name);
+    let matching = headers.filter(|header| header["name"] == name);
     let value = |header: &'a Value| header["value"].as_str().unwrap();
-    of_name.map(value).collect()
+    matching.map(value).collect()
 }
 
 #[test]
-fn each_exchange_is_two_files_for_their_owner_alone() {
+fn request_and_response_are_dumped_to_private_files() {
     let dumping = Dumping::new(|request| {
         request.read_body()?;
         let headers = "Retry-After: 7\r\nX-Twice: 1\r\nX-Twice: 2\r\n";
@@ -92,20 +92,20 @@ fn each_exchange_is_two_files_for_their_owner_alone() {
     assert_eq!(mode(&dumping.dumps()), 0o700);
     assert_eq!(mode(&dumping.dir.join("new")) & 0o022, 0);
     for _ in 0..2 {
-        let headers = "X-Twice: a\r\nAuthorization: Bearer sk-their-own\r\nx-twice: b\r\n\
-            AUTHORIZATION: Basic c2stdGhlaXItb3du\r\n";
+        let headers = "X-Twice: a\r\nAuthorization: Bearer sk-of-client\r\nx-twice: b\r\n\
+            AUTHORIZATION: Basic c2stb2YtY2xpZW50\r\n";
         let body = "{\"input\": \"hello\"}";
         let response = proxy.client().post(headers, body).unwrap();
         assert_eq!(response.status(), 429);
     }
-    // What is refused is no exchange.
+    // Rejected requests are not dumped.
     assert_eq!(proxy.client().status_of("GET /v1/models").unwrap(), 403);
     assert_eq!(proxy.stop().status.code(), Some(0));
 
     let files = files(&dumping.dumps());
     let [[one, at, _], [_, same, _], [two, later, _], _] = [0, 1, 2, 3].map(|n| parts(&files[n]));
     assert_eq!((files.len(), &*one, &*two), (4, "000001", "000002"));
-    assert_eq!(at, same, "both have the time of the request");
+    assert_eq!(at, same, "both names have the time of the request");
     let milliseconds = |text: String| text.parse::<u64>().unwrap();
     let (at, later) = (milliseconds(at), milliseconds(later));
     assert!(at > 1_700_000_000_000 && at <= later);
@@ -120,7 +120,7 @@ fn each_exchange_is_two_files_for_their_owner_alone() {
         assert_eq!(header(&request, "x-twice"), ["a", "b"]);
         assert_eq!(header(&request, "content-length"), ["18"]);
         assert_eq!(header(&request, "authorization"), ["[REDACTED]"; 2]);
-        assert!(!request.to_string().contains("their-own"));
+        assert!(!request.to_string().contains("of-client"));
         assert_eq!(response["status"], 429);
         assert_eq!(response["body"], json!({"error": [1.5, null]}));
         assert_eq!(header(&response, "x-twice"), ["1", "2"]);
@@ -129,8 +129,8 @@ fn each_exchange_is_two_files_for_their_owner_alone() {
 }
 
 #[test]
-fn a_body_is_json_where_it_is_that_and_text_where_it_is_not() {
-    // The module that writes them has more.
+fn json_bodies_are_dumped_as_json_and_others_as_text() {
+    // The unit tests of `exchange::dump` have more cases.
     let cases: [(&[u8], Value); 5] = [
         (b" {\"a\": [1, \"\\u00e9\"]}\n", json!({"a": [1, "é"]})),
         (b"17", json!(17)),
@@ -153,55 +153,56 @@ fn a_body_is_json_where_it_is_that_and_text_where_it_is_not() {
 }
 
 #[test]
-fn what_breaks_off_is_dumped_as_far_as_it_came() {
+fn truncated_responses_are_dumped_up_to_the_failure() {
     let (release, released) = channel();
-    let (tell, told) = channel();
+    let (notify, disconnected) = channel();
     let dumping = Dumping::new(move |request| {
-        let breaks = request.read_body()? == b"breaks";
+        let fails = request.read_body()? == b"upstream fails";
         request.start_events()?;
         request.chunk("data: 1\n\n")?;
-        if breaks {
+        if fails {
             released.recv()?;
             return request.close_abruptly();
         }
-        tell.send(request.wait_until_closed().is_ok()).unwrap();
+        notify.send(request.wait_until_closed().is_ok()).unwrap();
         Ok(())
     });
     let proxy = dumping.command().start();
-    for body in ["breaks", "leaves"] {
+    for body in ["upstream fails", "client disconnects"] {
         let mut client = proxy.client();
         client.send_post("", body).unwrap();
         client.read_head().unwrap();
         client.read_part().unwrap();
-        if body == "breaks" {
+        if body == "upstream fails" {
             release.send(()).unwrap();
             client.read_rest().unwrap_err();
             continue;
         }
         drop(client);
-        assert!(told.recv_timeout(PROMPT).unwrap());
+        assert!(disconnected.recv_timeout(PROMPT).unwrap());
     }
     proxy.stop();
-    let expected = ["breaks", "data: 1\n\n", "leaves", "data: 1\n\n"];
+    let event = "data: 1\n\n";
+    let expected = ["upstream fails", event, "client disconnects", event];
     assert_eq!(dumping.bodies(), expected);
 }
 
 #[test]
-fn a_folder_that_others_may_enter_or_that_cannot_be_made_is_one_sentence() {
+fn rejects_unsafe_and_unusable_dump_directories() {
     let dir = TestDir::new();
     fs::write(dir.join("file"), "").unwrap();
-    let open = |mode| {
+    let with_mode = |mode| {
         let path = dir.join(format!("{mode:o}"));
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
         path
     };
     let mut paths = vec![dir.join("file"), dir.join("file/dumps")];
-    paths.extend([0o755, 0o704, 0o720].map(open));
-    if require_root("a dir that is somebody else's") {
-        let strangers = open(0o700);
-        chown(&strangers, Some(65534), None).unwrap();
-        paths.push(strangers);
+    paths.extend([0o755, 0o704, 0o720].map(with_mode));
+    if require_root("a directory of another user") {
+        let foreign = with_mode(0o700);
+        chown(&foreign, Some(65534), None).unwrap();
+        paths.push(foreign);
     }
     for path in paths {
         let command = ProxyCommand::without_key().arg("--dump-dir").arg(&path);
@@ -211,7 +212,7 @@ fn a_folder_that_others_may_enter_or_that_cannot_be_made_is_one_sentence() {
 }
 
 #[test]
-fn nothing_is_written_unless_asked_for() {
+fn no_files_are_written_without_the_flag() {
     let upstream = Upstream::start(ok);
     let dir = TestDir::new();
     let command = ProxyCommand::for_upstream(&upstream).env("TMPDIR", &*dir);
@@ -221,42 +222,42 @@ fn nothing_is_written_unless_asked_for() {
     assert_eq!(files(&dir), [""; 0].map(PathBuf::from));
 }
 
-/// The log says of the exchange with this number that it could not be dumped.
-fn wait_for_complaints(proxy: &mut Proxy, number: &str) {
-    // Both at once, so in any order.
+/// Waits for the two log lines about dumps of this request that could not be written.
+fn wait_for_write_errors(proxy: &mut Proxy, number: &str) {
+    // Both files are written concurrently, so the order varies.
     let lines = [(); 2].map(|()| proxy.wait_for_line(|line| line.contains("cannot write")));
     for kind in ["-request.json", "-response.json"] {
-        let is_of = |line: &String| line.contains(kind) && line.contains(&format!("/{number}-"));
-        assert!(lines.iter().any(is_of), "{kind}: {lines:?}");
+        let matches = |line: &String| line.contains(kind) && line.contains(&format!("/{number}-"));
+        assert!(lines.iter().any(matches), "{kind}: {lines:?}");
     }
 }
 
 #[test]
-fn a_folder_that_goes_away_harms_no_exchange_and_is_logged() {
+fn missing_directory_affects_no_request_and_is_logged() {
     let dumping = Dumping::new(ok);
-    let (dumps, elsewhere) = (dumping.dumps(), dumping.dir.join("elsewhere"));
+    let (dumps, moved) = (dumping.dumps(), dumping.dir.join("moved"));
     let mut proxy = dumping.command().start();
     let mut client = proxy.client();
-    fs::rename(&dumps, &elsewhere).unwrap();
+    fs::rename(&dumps, &moved).unwrap();
     for number in ["000001", "000002"] {
-        assert_eq!(client.post_default().unwrap().status(), 200, "gone");
-        wait_for_complaints(&mut proxy, number);
-        // From now on, there is a file in its place.
+        assert_eq!(client.post_default().unwrap().status(), 200);
+        wait_for_write_errors(&mut proxy, number);
+        // In the second round, the path is a file.
         fs::write(&dumps, "").unwrap();
     }
     fs::remove_file(&dumps).unwrap();
-    fs::rename(elsewhere, &dumps).unwrap();
+    fs::rename(moved, &dumps).unwrap();
     assert_eq!(client.post_default().unwrap().status(), 200);
     proxy.stop();
     assert_eq!(numbers(&dumps), ["000003"; 2]);
 }
 
 #[cfg(target_os = "linux")]
-mod little_room {
+mod limits {
     use super::*;
 
     #[test]
-    fn a_full_disk_harms_no_exchange_and_is_logged() {
+    fn full_disk_affects_no_request_and_is_logged() {
         let dumping = Dumping::new(echo);
         let dumps = dumping.dumps();
         fs::create_dir_all(&dumps).unwrap();
@@ -265,12 +266,12 @@ mod little_room {
         let Some(mut proxy) = proxy else { return };
         let mut client = proxy.client();
         let large = vec![b'x'; 1 << 20];
-        // What couldn't be written takes no room either, so the next one can be.
+        // Partial files are removed, so the next dump fits.
         let bodies = [&*large, b"small", &large];
         for (number, body) in ["000001", "000002", "000003"].into_iter().zip(bodies) {
             assert_eq!(client.post("", body).unwrap().body, body);
             if body == large {
-                wait_for_complaints(&mut proxy, number);
+                wait_for_write_errors(&mut proxy, number);
             }
         }
         let inside = format!("/proc/{}/root{}", proxy.pid(), dumps.display());
@@ -278,8 +279,8 @@ mod little_room {
     }
 
     #[test]
-    fn a_long_body_is_cut_off_and_its_file_says_so() {
-        const LONGEST: usize = 16 << 20;
+    fn long_bodies_are_truncated_and_marked() {
+        const MAX_BODY: usize = 16 << 20;
         let dumping = Dumping::new(|request| {
             request.read_body()?;
             request.respond_with_events(&[&*"x".repeat(1 << 20); 20])
@@ -290,23 +291,23 @@ mod little_room {
         proxy.stop();
         for (path, long) in files(&dumping.dumps()).iter().zip([false, true]) {
             let dump: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-            let length = if long { LONGEST } else { 4 };
+            let length = if long { MAX_BODY } else { 4 };
             assert_eq!(dump["body"].as_str().unwrap().len(), length, "{path:?}");
             assert_eq!(dump["truncated"] == true, long, "{path:?}");
         }
     }
 
     #[test]
-    fn what_is_too_much_together_is_not_dumped_and_harms_no_exchange() {
+    fn full_dump_buffer_skips_dumps_and_affects_no_request() {
         const STREAMS: usize = 6;
         const LENGTH: usize = 15 << 20;
-        let (tell, told) = channel();
+        let (notify, sent) = channel();
         let (release, released) = channel();
         let dumping = Dumping::new(move |request| {
             request.read_body()?;
             request.start_events()?;
             request.chunk(vec![b'x'; LENGTH])?;
-            tell.send(()).unwrap();
+            notify.send(()).unwrap();
             released.recv()?;
             request.chunk("")
         });
@@ -315,15 +316,15 @@ mod little_room {
             let mut client = proxy.client();
             std::thread::spawn(move || client.post_default().unwrap().body.len())
         });
-        // All six wait for their end with 15 MiB each, of which four have room together.
-        (0..STREAMS).for_each(|_| told.recv().unwrap());
+        // Six responses of 15 MiB are buffered until they end. The limit has room for four.
+        (0..STREAMS).for_each(|_| sent.recv().unwrap());
         proxy.wait_for_line(|line| line.contains("is not written: dump buffer full"));
         (0..STREAMS).for_each(|_| release.send(()).unwrap());
         for client in clients {
             assert_eq!(client.join().unwrap(), LENGTH);
         }
         proxy.stop();
-        let there = files(&dumping.dumps()).len();
-        assert!((STREAMS..2 * STREAMS).contains(&there), "{there}");
+        let count = files(&dumping.dumps()).len();
+        assert!((STREAMS..2 * STREAMS).contains(&count), "{count}");
     }
 }

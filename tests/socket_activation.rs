@@ -1,4 +1,5 @@
-//! systemd may hold the port and be told of beginning and end: no connection is lost, and no other socket is taken.
+//! systemd socket activation and readiness notification: restarts lose no connection, and unsuitable sockets are
+//! rejected.
 
 mod support;
 
@@ -12,9 +13,9 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::Command;
 use support::*;
 
-/// The program with these sockets passed to it as systemd does, from number 3 on (sd_listen_fds(3)).
+/// The program with these sockets as descriptors 3 and up, as systemd passes them (sd_listen_fds(3)).
 fn activated(upstream: &Upstream, sockets: &[RawFd]) -> ProxyCommand {
-    // What comes after a process's start and knows its number is a shell that becomes it.
+    // `LISTEN_PID` is known only after the fork, so a shell sets it before `exec`.
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh", PROGRAM]);
     let sockets = sockets.to_vec();
@@ -28,22 +29,22 @@ fn activated(upstream: &Upstream, sockets: &[RawFd]) -> ProxyCommand {
         })
 }
 
-/// The same socket under a number that is out of the way of those that are passed. It stays for as long as the test.
-fn out_of_the_way(socket: &impl AsFd) -> RawFd {
+/// Duplicates a socket to a descriptor above those that are passed. It stays open until the end of the test.
+fn dup_high(socket: &impl AsFd) -> RawFd {
     fcntl(socket, F_DUPFD_CLOEXEC(100)).unwrap()
 }
 
-/// A listening socket such as systemd holds, and its port.
-fn listening() -> (RawFd, u16) {
+/// A listening socket, and its port.
+fn listen() -> (RawFd, u16) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    (out_of_the_way(&listener), port)
+    (dup_high(&listener), port)
 }
 
 #[test]
-fn what_was_waiting_at_the_start_is_served_and_a_restart_loses_nothing() {
+fn restart_serves_connections_queued_in_the_socket() {
     let upstream = Upstream::start(ok);
-    let (socket, port) = listening();
+    let (socket, port) = listen();
     for round in 0..3 {
         let mut waiting = [(); 10].map(|()| Client::connect(port));
         for client in &mut waiting {
@@ -65,10 +66,10 @@ fn what_was_waiting_at_the_start_is_served_and_a_restart_loses_nothing() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_socket_that_accepts_no_more_is_no_reason_to_spin() {
+fn accept_error_does_not_busy_loop() {
     use nix::sys::socket::{Shutdown, shutdown};
     let upstream = Upstream::start(ok);
-    let (socket, _) = listening();
+    let (socket, _) = listen();
     let mut proxy = activated(&upstream, &[socket]).start();
     let mut client = proxy.client();
     assert_eq!(client.post_default().unwrap().status(), 200);
@@ -78,85 +79,92 @@ fn a_socket_that_accepts_no_more_is_no_reason_to_spin() {
     assert_eq!(
         client.post_default().unwrap().status(),
         200,
-        "who is in stays"
+        "open connections stay open"
     );
     let run = proxy.stop();
     assert_eq!(run.status.code(), Some(0), "{run:?}");
 }
 
 #[test]
-fn systemd_is_told_of_the_beginning_and_of_the_end() {
+fn systemd_is_notified_of_readiness_and_shutdown() {
     let upstream = Upstream::start(ok);
-    for end in ["SIGTERM", "SIGINT", "GET /shutdown"] {
+    for trigger in ["SIGTERM", "SIGINT", "GET /shutdown"] {
         let dir = TestDir::new();
         let path = dir.join("notify");
-        let notices = UnixDatagram::bind(&path).unwrap();
-        // As systemd's own is: the program may have dropped root.
+        let socket = UnixDatagram::bind(&path).unwrap();
+        // Writable for all, like systemd's own socket: the program may have dropped root.
         fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
-        notices.set_read_timeout(Some(TIMEOUT)).unwrap();
-        let notice = || {
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let receive = || {
             let mut bytes = [0; 1000];
-            let size = notices.recv(&mut bytes).unwrap();
+            let size = socket.recv(&mut bytes).unwrap();
             String::from_utf8(bytes[..size].to_vec()).unwrap()
         };
         let command = ProxyCommand::for_upstream(&upstream).arg("--http-shutdown");
         let mut proxy = command.env("NOTIFY_SOCKET", &path).open_stdin().spawn();
-        // Not before it listens, which is not before it has the key.
-        notices.set_nonblocking(true).unwrap();
-        let early = notices.recv(&mut [0; 1]).unwrap_err();
+        // Readiness must wait until the program listens, and it listens only once it has the key.
+        socket.set_nonblocking(true).unwrap();
+        let early = socket.recv(&mut [0; 1]).unwrap_err();
         assert_eq!(early.kind(), ErrorKind::WouldBlock);
-        notices.set_nonblocking(false).unwrap();
+        socket.set_nonblocking(false).unwrap();
         let mut stdin = proxy.stdin.take().unwrap();
         stdin.write_all(b"sk-anything\n").unwrap();
-        assert_eq!(notice().trim_end(), "READY=1", "{end}");
+        assert_eq!(receive().trim_end(), "READY=1", "{trigger}");
         proxy.wait_until_listening();
-        proxy.trigger_shutdown(end);
-        assert_eq!(proxy.wait().status.code(), Some(0), "{end}");
-        notices.set_nonblocking(true).unwrap();
-        assert_eq!(notice().trim_end(), "STOPPING=1", "{end}");
+        proxy.trigger_shutdown(trigger);
+        assert_eq!(proxy.wait().status.code(), Some(0), "{trigger}");
+        socket.set_nonblocking(true).unwrap();
+        assert_eq!(receive().trim_end(), "STOPPING=1", "{trigger}");
     }
 }
 
 #[test]
-fn any_other_socket_than_one_that_listens_on_loopback_is_an_error() {
+fn rejects_sockets_that_do_not_listen_on_loopback() {
     let upstream = Upstream::start(ok);
     let dir = TestDir::new();
     let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
     let everywhere_6 = TcpListener::bind("[::]:0");
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
     let unix = UnixListener::bind(dir.join("socket")).unwrap();
-    let (listens, port) = listening();
+    let (listener, port) = listen();
     let connected = Client::connect(port);
     let mut cases = vec![
-        ("all addresses", out_of_the_way(&everywhere)),
-        ("UDP", out_of_the_way(&udp)),
-        ("a Unix socket", out_of_the_way(&unix)),
-        ("a connection", out_of_the_way(connected.socket())),
-        ("a file", out_of_the_way(&File::open(PROGRAM).unwrap())),
+        ("all addresses", dup_high(&everywhere)),
+        ("UDP", dup_high(&udp)),
+        ("Unix socket", dup_high(&unix)),
+        ("connection", dup_high(connected.socket())),
+        ("file", dup_high(&File::open(PROGRAM).unwrap())),
     ];
     match &everywhere_6 {
-        Ok(socket) => cases.push(("all addresses, IPv6", out_of_the_way(socket))),
+        Ok(socket) => cases.push(("all addresses, IPv6", dup_high(socket))),
         Err(error) => skip("a socket on all addresses of IPv6", &error.to_string()),
     }
     for (name, socket) in cases {
         activated(&upstream, &[socket]).assert_startup_error(name, 1, &["LISTEN_FDS"]);
     }
-    let two = activated(&upstream, &[listens, listening().0]);
+    let two = activated(&upstream, &[listener, listen().0]);
     two.assert_startup_error("two sockets", 1, &["exactly one"]);
-    for given in ["0", "8399", &port.to_string()] {
-        let command = activated(&upstream, &[listens]).args(["--port", given]);
-        command.assert_startup_error(given, 1, &["--port"]);
+    assert!(upstream.requests().is_empty());
+}
+
+#[test]
+fn rejects_a_port_flag_next_to_an_inherited_socket() {
+    let upstream = Upstream::start(ok);
+    let (listener, port) = listen();
+    for value in ["0", "8399", &port.to_string()] {
+        let command = activated(&upstream, &[listener]).args(["--port", value]);
+        command.assert_startup_error(value, 1, &["--port"]);
     }
     assert!(upstream.requests().is_empty());
 }
 
 #[test]
-fn sockets_for_another_process_are_not_taken_and_a_notice_that_nobody_takes_is_only_logged() {
+fn foreign_sockets_and_a_missing_notify_socket_are_logged() {
     let upstream = Upstream::start(ok);
-    let nobody = TestDir::new().join("nobody");
+    let missing = TestDir::new().join("missing");
     for count in ["1", "0"] {
         let command = ProxyCommand::for_upstream(&upstream).env("LISTEN_PID", "1");
-        let command = command.env("NOTIFY_SOCKET", &nobody);
+        let command = command.env("NOTIFY_SOCKET", &missing);
         let mut proxy = command.env("LISTEN_FDS", count).start();
         proxy.wait_for_line(|line| line.contains("systemd"));
         let lines = proxy.log.iter().filter(|line| line.contains("LISTEN_FDS"));
