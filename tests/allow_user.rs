@@ -1,14 +1,15 @@
-//! Only the users that were named are served: nobody passes for another one, whatever becomes of their connection.
+//! `--allow-user` serves only these users, and no user can pass for another by disconnecting.
 
 mod support;
 
 #[cfg(not(target_os = "linux"))]
 #[test]
-fn it_is_an_error_where_the_kernel_does_not_tell_users_apart() {
+fn allow_user_is_a_startup_error_outside_linux() {
     let command = support::ProxyCommand::new().args(["--allow-user", "0"]);
     command.assert_startup_error("not Linux", 1, &["--allow-user"]);
-    let what = "key_once, overload, process_privacy and parts of allow_user and dump";
-    support::skip(what, "they need what only Linux tells of a process");
+    let what = "key_in_memory, loopback, overload, privileges, process_isolation, upstream_owner, most of allow_user, and \
+                parts of dump and logging";
+    support::skip(what, "requires Linux");
 }
 
 #[cfg(target_os = "linux")]
@@ -17,18 +18,18 @@ mod linux {
     use nix::{libc, sys::signal::Signal};
     use std::{fs, io, path::Path};
 
-    /// Users that no system gives a name to, and the one that every system gives nothing to.
+    /// Two UIDs without names, and the unprivileged UID of every system.
     const ALLOWED: u32 = 3_900_001;
-    const REFUSED: u32 = 3_900_002;
+    const DENIED: u32 = 3_900_002;
     const NOBODY: u32 = 65_534;
 
-    /// The proxy, which serves these.
-    fn allowing<'a>(upstream: &Upstream, who: impl IntoIterator<Item = &'a str>) -> ProxyCommand {
-        let args = who.into_iter().flat_map(|who| ["--allow-user", who]);
+    /// The proxy with `--allow-user` for each of these users.
+    fn allowing<'a>(upstream: &Upstream, users: impl IntoIterator<Item = &'a str>) -> ProxyCommand {
+        let args = users.into_iter().flat_map(|user| ["--allow-user", user]);
         ProxyCommand::for_upstream(upstream).args(args)
     }
 
-    /// A connection of this user's. A socket is whose it was when it was made, whoever uses it.
+    /// A connection of this user. A socket belongs to the user that created it, even if another one uses it.
     fn client_of(uid: u32, proxy: &Proxy) -> Client {
         let port = proxy.port;
         as_user(uid, || Client::connect(port))
@@ -39,18 +40,18 @@ mod linux {
     }
 
     #[test]
-    fn a_named_user_is_served_and_others_are_refused_on_every_path_with_their_uid_in_the_log() {
+    fn allowed_users_are_served_and_each_uid_is_logged() {
         if !require_root("clients of several users") {
             return;
         }
         let upstream = Upstream::start(ok);
-        let command = allowing(&upstream, [&*ALLOWED.to_string(), "root"]);
-        let command = command.args(["--http-shutdown", "--websocket"]);
+        let allowed = ALLOWED.to_string();
+        let command = allowing(&upstream, [&*allowed, "root"]).arg("--http-shutdown");
         let mut proxy = command.start();
         for (uid, status, line) in [
             (ALLOWED, 200, "request "),
             (0, 200, "request "),
-            (REFUSED, 403, "refused "),
+            (DENIED, 403, "refused "),
             (NOBODY, 403, "refused "),
             (ALLOWED, 200, "request "),
         ] {
@@ -58,11 +59,25 @@ mod linux {
             let words = [format!(" uid={uid} "), format!(" status={status} ")];
             proxy.wait_for_request(line, &[&words[0], &words[1]]);
         }
-        assert_eq!(upstream.requests().len(), 3);
-        // On no path: neither to get through nor to stop it.
+        let mut client = client_of(ALLOWED, &proxy);
+        assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
+        let run = proxy.wait();
+        assert_eq!(run.status.code(), Some(0), "{run:?}");
+        assert_eq!(bodies(upstream), [b"{}"; 3]);
+    }
+
+    #[test]
+    fn denied_user_gets_403_on_every_path_and_is_disconnected() {
+        if !require_root("clients of several users") {
+            return;
+        }
+        let upstream = Upstream::start(ok);
+        let command = allowing(&upstream, [&*ALLOWED.to_string()]);
+        let command = command.args(["--http-shutdown", "--websocket"]);
+        let proxy = command.start();
         let requests = "POST /v1/responses|a handshake|GET /shutdown|GET /v1/models|POST /v1/responses?|OPTIONS *|DELETE /";
         for request in requests.split('|') {
-            let mut client = client_of(REFUSED, &proxy);
+            let mut client = client_of(DENIED, &proxy);
             let headers = "Host: localhost\r\nContent-Length: 2";
             let bytes = match request {
                 "a handshake" => handshake(""),
@@ -73,44 +88,42 @@ mod linux {
             assert_eq!(response.status(), 403, "{request}: {response:?}");
             let message = response.error_message();
             assert!(message.contains("user"), "{request}: {message}");
-            // It has said all that it may.
             assert_eq!(client.read_until_closed().unwrap(), b"", "{request}");
         }
-        let mut client = client_of(ALLOWED, &proxy);
-        assert_eq!(client.post_default().unwrap().status(), 200);
-        assert_eq!(client.status_of("GET /shutdown").unwrap(), 200);
-        let run = proxy.wait();
+        // The denied `GET /shutdown` had no effect.
+        assert_eq!(status_for(&proxy, ALLOWED), 200);
+        let run = proxy.stop();
         assert_eq!(run.status.code(), Some(0), "{run:?}");
-        let of_refused = |line: &&String| line.contains(&format!("uid={REFUSED} "));
-        let lines = run.stderr.iter().filter(of_refused).count();
-        let expected = 1 + requests.split('|').count();
+        let is_denied = |line: &&String| line.contains(&format!("uid={DENIED} "));
+        let lines = run.stderr.iter().filter(is_denied).count();
+        let expected = requests.split('|').count();
         assert_eq!(lines, expected, "one line each: {run:?}");
-        let bodies: Vec<_> = upstream
-            .requests()
-            .into_iter()
-            .map(|recorded| recorded.body)
-            .collect();
-        assert_eq!(bodies, [b"{}"; 4]);
+        assert_eq!(bodies(upstream), [b"{}"]);
+    }
+
+    fn bodies(upstream: Upstream) -> Vec<Vec<u8>> {
+        let requests = upstream.into_requests().into_iter();
+        requests.map(|request| request.body).collect()
     }
 
     #[test]
-    fn refused_users_keep_no_place_from_others() {
+    fn denied_users_take_no_slots_from_others() {
         if !require_root("a client of another user") {
             return;
         }
         let upstream = Upstream::start(ok);
-        // Room for 30 clients.
+        // A limit of 30 clients.
         let command = limit_descriptors(allowing(&upstream, [&*ALLOWED.to_string()]), 100, 0..0);
         let proxy = command.start();
-        // Some of them begin a request, and none reads.
-        let mut refused = [(); 100].map(|()| client_of(REFUSED, &proxy));
-        for client in refused.iter_mut().step_by(2) {
+        // Some send a partial request, and none reads.
+        let mut denied = [(); 100].map(|()| client_of(DENIED, &proxy));
+        for client in denied.iter_mut().step_by(2) {
             let _ = client.send("POST /v1/resp");
         }
         for _ in 0..40 {
             assert_eq!(status_for(&proxy, ALLOWED), 200);
         }
-        drop(refused);
+        drop(denied);
     }
 
     #[test]
@@ -139,36 +152,36 @@ mod linux {
         assert_eq!(status_for(&proxy, NOBODY), 200);
         assert_eq!(clients[0].post_default().unwrap().status(), 200);
         drop(clients);
-        wait_until("its slots are free", || status_for(&proxy, ALLOWED) == 200);
+        wait_until("the slots are free", || status_for(&proxy, ALLOWED) == 200);
     }
 
     #[test]
-    fn a_refused_user_passes_for_nobody_else_by_leaving() {
+    fn denied_user_passes_for_no_other_by_disconnecting() {
         const EACH: usize = 60;
-        if !require_root("clients of another user that leave") {
+        if !require_root("clients of another user that disconnect") {
             return;
         }
         let upstream = Upstream::start(ok);
-        // A socket that nobody owns any more says that it is root's.
+        // The kernel reports UID 0 for a socket that is closed.
         let command = allowing(&upstream, ["root"]).arg("--http-shutdown");
         let proxy = command.start();
-        let ways = "closes|resets|half closes|half closes, then closes";
+        let disconnects = "closes|resets|half closes|half closes, then closes";
         let mut staying = Vec::new();
-        // All of them have left before the proxy looks at the first; then, whatever comes first.
+        // In the first round, all clients have disconnected before the proxy accepts one. In the second, both race.
         for frozen in [true, false] {
             if frozen {
                 proxy.freeze();
             }
             for number in 0..EACH {
-                for way in ways.split('|') {
-                    let mut client = client_of(REFUSED, &proxy);
+                for disconnect in disconnects.split('|') {
+                    let mut client = client_of(DENIED, &proxy);
                     let shutdown = "GET /shutdown HTTP/1.1\r\nHost: localhost\r\n\r\n";
                     let post = client.post_head("Content-Length: 2\r\n") + "{}";
                     client.send([shutdown, &post][number % 2]).unwrap();
-                    if way.starts_with("half") {
+                    if disconnect.starts_with("half") {
                         client.shutdown_write();
                     }
-                    match way {
+                    match disconnect {
                         "resets" => client.reset(),
                         "half closes" => staying.push(client),
                         _ => drop(client),
@@ -181,18 +194,18 @@ mod linux {
         let run = proxy.stop();
         assert_eq!(run.status.code(), Some(0), "{run:?}");
         let lines = run.stderr.iter().filter(|line| line.contains("uid="));
-        let is_roots = |line: &&String| line.starts_with("request uid=0 status=200");
-        let (roots, others): (Vec<_>, Vec<_>) = lines.partition(is_roots);
-        assert_eq!(roots.len(), 2, "root's own");
+        let is_root = |line: &&String| line.starts_with("request uid=0 status=200");
+        let (of_root, others): (Vec<_>, Vec<_>) = lines.partition(is_root);
+        assert_eq!(of_root.len(), 2, "requests of root");
         for line in others {
-            let line = line.replace(&format!("uid={REFUSED} "), "uid=- ");
+            let line = line.replace(&format!("uid={DENIED} "), "uid=- ");
             assert!(line.starts_with("refused uid=- status=403 "), "{line}");
         }
-        assert_eq!(upstream.into_requests().len(), 2, "root's own");
+        assert_eq!(upstream.into_requests().len(), 2, "requests of root");
     }
 
     #[test]
-    fn an_allowed_user_who_half_closes_is_not_taken_on_trust() {
+    fn allowed_user_who_half_closes_early_is_denied() {
         if !require_root("a client of another user") {
             return;
         }
@@ -217,10 +230,10 @@ dave:x:3900104:3900104::/:/bin/sh
 ";
 
     #[test]
-    fn names_and_groups_are_served_and_a_changed_membership_counts_soon() {
+    fn names_and_groups_are_served_and_changes_take_effect() {
         let what = "users and groups by name";
         if Path::new("/var/run/nscd/socket").exists() {
-            return skip(what, "a daemon answers for /etc/passwd here");
+            return skip(what, "nscd serves /etc/passwd here");
         }
         let dir = TestDir::new();
         let file = |name: &str, content: &str| {
@@ -229,8 +242,8 @@ dave:x:3900104:3900104::/:/bin/sh
         };
         let both = "primary:x:3900200:\ndevelopers:x:3900201:root,bob\n";
         let others = "developers:x:3900201:dave\nprimary:x:3900202:\n";
-        // Each time: the groups, and who is served then: alice by name, bob, carol, dave, and one without a name.
-        let times = [
+        // The groups, and the expected statuses for alice (by name), bob, carol, dave and a user without a name.
+        let stages = [
             (both, [200, 200, 200, 403, 403]),
             (others, [200, 403, 403, 200, 403]),
             ("", [200, 403, 403, 403, 403]),
@@ -246,20 +259,20 @@ dave:x:3900104:3900104::/:/bin/sh
         let Some(proxy) = start_with_mounts(what, command, mounts) else {
             return;
         };
-        for (groups, expected) in times {
-            // In place, for the mount is of the file and not of its name.
+        for (groups, expected) in stages {
+            // In place: the mount refers to the file, not to its name.
             fs::write(dir.join("group"), format!("root:x:0:\n{groups}")).unwrap();
-            let users = [3_900_101, 3_900_102, 3_900_103, 3_900_104, REFUSED];
-            // What the group database says is relied on for a moment.
+            let users = [3_900_101, 3_900_102, 3_900_103, 3_900_104, DENIED];
+            // Group memberships are cached for a moment.
             let statuses = || users.map(|uid| status_for(&proxy, uid));
             wait_until(groups, || statuses() == expected);
         }
     }
 
-    /// Denies a program netlink sockets in the way of systemd's `RestrictAddressFamilies=`.
+    /// Denies netlink sockets to a program with a seccomp filter, like systemd's `RestrictAddressFamilies=`.
     fn without_netlink(command: ProxyCommand) -> ProxyCommand {
         const DENIED: u32 = libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT as u32;
-        // The call's number is at 0, the lower half of its first argument at 16 or 20 (linux/seccomp.h).
+        // Offset of the number of the system call: 0. Of the lower half of its first argument: 16 or 20 (linux/seccomp.h).
         let first_argument = 16 + 4 * u32::from(cfg!(target_endian = "big"));
         let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
         let filter = [
@@ -279,7 +292,7 @@ dave:x:3900104:3900104::/:/bin/sh
             let program = libc::sock_fprog { len, filter };
             nix::sys::prctl::set_no_new_privs()?;
             let mode = libc::SECCOMP_MODE_FILTER;
-            // SAFETY: `program` has a filter of its length, which lives through the call; the others are integers.
+            // SAFETY: `program` describes a filter that outlives the call. The other arguments are integers.
             #[allow(unsafe_code)]
             match unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) } {
                 0 => Ok(()),
@@ -289,18 +302,21 @@ dave:x:3900104:3900104::/:/bin/sh
     }
 
     #[test]
-    fn without_netlink_it_does_not_start_and_says_what_is_missing() {
+    fn allow_user_without_netlink_is_a_startup_error() {
         let upstream = Upstream::start(ok);
         let words = ["--allow-user", "AF_NETLINK"];
         without_netlink(allowing(&upstream, ["0"])).assert_startup_error("denied", 1, &words);
-        // Who doesn't ask for it doesn't need it.
+        // Without the flag, netlink is not needed.
         let proxy = without_netlink(ProxyCommand::for_upstream(&upstream)).start();
         assert_eq!(proxy.post_default().status(), 200);
-        // The owner of a plain upstream is checked where that is possible, and where it was asked for.
+    }
+
+    #[test]
+    fn owner_check_without_netlink_is_skipped_unless_requested() {
         let plain = Upstream::start_plain(ok);
         let proxy = without_netlink(ProxyCommand::for_upstream(&plain)).start();
-        let is_said = |line: &&String| line.contains("owner is not checked");
-        assert_eq!(proxy.log.iter().filter(is_said).count(), 1);
+        let is_logged = |line: &&String| line.contains("owner is not checked");
+        assert_eq!(proxy.log.iter().filter(is_logged).count(), 1);
         assert_eq!(proxy.post_default().status(), 200);
         let command = ProxyCommand::for_upstream(&plain).args(["--upstream-user", "0"]);
         let words = ["--upstream-user", "AF_NETLINK"];
@@ -308,7 +324,7 @@ dave:x:3900104:3900104::/:/bin/sh
     }
 
     #[test]
-    fn an_unknown_name_is_one_sentence_that_says_which() {
+    fn unknown_users_and_groups_are_startup_errors() {
         for name in "no-such-user-here @no-such-group-here 4294967296 -1 @ ".split(' ') {
             let command = ProxyCommand::new().args(["--allow-user", "0"]);
             let command = command.arg(format!("--allow-user={name}"));

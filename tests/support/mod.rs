@@ -29,9 +29,12 @@ pub(crate) use {linux::*, memory::Memory};
 use nix::libc;
 use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, geteuid, setgid, setuid};
+use std::fs::{self, Permissions};
 use std::io::{self, Write, stderr};
 use std::net::TcpListener;
 use std::os::fd::RawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -95,6 +98,28 @@ pub(crate) fn unprivileged(what: &str, command: impl Fn() -> ProxyCommand) -> Op
             None
         }
     }
+}
+
+/// Makes a directory read-only for unprivileged users, until it is dropped.
+pub(crate) struct ReadOnly<'a>(&'a Path);
+
+impl<'a> ReadOnly<'a> {
+    pub(crate) fn new(dir: &'a Path) -> Self {
+        fs::set_permissions(dir, Permissions::from_mode(0o555)).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(self.0, Permissions::from_mode(0o755));
+    }
+}
+
+/// Creates a file that every user may write, like codex-action for its `unprivileged-user` strategy.
+pub(crate) fn write_shared(file: &Path, content: &str) {
+    fs::write(file, content).unwrap();
+    fs::set_permissions(file, Permissions::from_mode(0o666)).unwrap();
 }
 
 /// Polls a condition until it holds. Use it only where no event signals the change.
