@@ -1,12 +1,12 @@
-//! Shows the proxy at work with no account and no internet.
+//! Demonstrates the proxy without an account and without the internet.
 //!
-//! The tests' stand-in for the Responses API listens on loopback with TLS, the proxy runs in front of it with a made-up
-//! key on its stdin, and requests without any key go through, as an agent would send them: by POST and over a WebSocket.
+//! A stand-in for the Responses API listens on loopback with TLS. The proxy in front of it reads a made-up key from
+//! stdin. The demo sends requests without a key, as an agent would: by POST and over a WebSocket.
 //!
 //! Run it with `cargo run --example demo`.
 #![allow(clippy::print_stdout)]
 
-// What the tests need of it, too, and more.
+// Shared with the tests, which use more of it.
 #[allow(dead_code)]
 #[path = "../tests/support/client.rs"]
 mod client;
@@ -28,13 +28,13 @@ use std::time::Duration;
 use tungstenite::Message;
 use upstream::{TestDir, Upstream, UpstreamRequest, events, next_request};
 
-/// Given as the first argument, the demo is the proxy: so it needs no other program beside it.
-const BE_THE_PROXY: &str = "be-the-proxy";
+/// With this as the first argument, the demo runs the proxy, so it needs no other executable.
+const RUN_PROXY: &str = "run-proxy";
 
-/// A key that no account has.
+/// An invented key.
 const KEY: &str = "sk-made-up-for-the-demo";
 
-/// What the stand-in says, a word at a time, and how long it thinks between words.
+/// The response of the stand-in, sent word by word with this pause.
 const WORDS: &str =
     "Hello! These words come from the stand-in, through the proxy, one event at a time.";
 const PAUSE: Duration = Duration::from_millis(80);
@@ -43,7 +43,7 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
-    if arguments.nth(1).is_some_and(|first| first == BE_THE_PROXY) {
+    if arguments.nth(1).is_some_and(|first| first == RUN_PROXY) {
         let name = "codex-responses-api-proxy".into();
         return codex_responses_proxy::main(std::iter::once(name).chain(arguments));
     }
@@ -57,14 +57,14 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> Outcome {
-    let upstream = Upstream::start(speak);
+    let upstream = Upstream::start(respond);
     println!(
-        "A stand-in Responses API listens on https://localhost:{}; it wants a key.",
+        "A stand-in Responses API listens on https://localhost:{} and requires a key.",
         upstream.port
     );
     let proxy = Proxy::start(&upstream)?;
     let port = proxy.port;
-    println!("The proxy listens on http://127.0.0.1:{port}; it has the key from its stdin.");
+    println!("The proxy listens on http://127.0.0.1:{port} and has read the key from stdin.");
 
     println!("\n1. A request without a key, as an agent sends it:");
     let request = json!({ "model": "any", "input": "Say hello", "stream": true });
@@ -79,18 +79,18 @@ fn demo() -> Outcome {
         }
     }
 
-    println!("\n\n2. Anything else is refused:");
+    println!("\n\n2. Other requests are rejected:");
     let mut client = Client::connect(port);
     client.send("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
-    let answer = client.read_response()?;
-    let body = String::from_utf8(answer.body)?;
-    println!("   {} {body}", answer.head.status());
+    let response = client.read_response()?;
+    let body = String::from_utf8(response.body)?;
+    println!("   {} {body}", response.head.status());
 
-    println!("\n3. A WebSocket, over which Codex sends one turn after the other:");
+    println!("\n3. A WebSocket, over which Codex sends one request after the other:");
     let url = format!("ws://127.0.0.1:{port}/v1/responses");
     let stream = TcpStream::connect(("127.0.0.1", port))?;
-    let (mut socket, answer) = tungstenite::client(url, stream)?;
-    print!("   {} ", answer.status().as_u16());
+    let (mut socket, response) = tungstenite::client(url, stream)?;
+    print!("   {} ", response.status().as_u16());
     socket.send(Message::text(request.to_string()))?;
     loop {
         let event: Value = socket.read()?.to_text()?.parse()?;
@@ -101,11 +101,11 @@ fn demo() -> Outcome {
     }
 
     println!(
-        "\n\n4. To see Codex itself use it, run this in another terminal:\n\n{}\n",
+        "\n\n4. To use the proxy with Codex, run this in another terminal:\n\n{}\n",
         codex_command(port)
     );
     if io::stdin().is_terminal() {
-        println!("Press Enter or Ctrl-C to end the demo.");
+        println!("Press Enter or Ctrl-C to stop the demo.");
         io::stdin().read_line(&mut String::new())?;
     }
     Ok(())
@@ -124,15 +124,15 @@ fn print_words(event: &Value) -> io::Result<()> {
     io::stdout().flush()
 }
 
-/// Answers a request that has the key, a word at a time.
-fn speak(request: &mut UpstreamRequest<'_>) -> io::Result<()> {
+/// Responds to a request with the key, word by word.
+fn respond(request: &mut UpstreamRequest<'_>) -> io::Result<()> {
     request.read_body()?;
     if request.header("authorization") != format!("Bearer {KEY}") {
         return request.respond("401 Unauthorized", "", b"");
     }
     let words: Vec<_> = WORDS.split_inclusive(' ').collect();
     if request.header("upgrade") == "websocket" {
-        return speak_over_websocket(request, &words);
+        return respond_over_websocket(request, &words);
     }
     request.start_events()?;
     for event in events(&words) {
@@ -142,8 +142,8 @@ fn speak(request: &mut UpstreamRequest<'_>) -> io::Result<()> {
     request.chunk("")
 }
 
-/// The same for each request that comes over a WebSocket, until its client leaves.
-fn speak_over_websocket(request: &mut UpstreamRequest<'_>, words: &[&str]) -> io::Result<()> {
+/// Responds to each request over a WebSocket, until the client disconnects.
+fn respond_over_websocket(request: &mut UpstreamRequest<'_>, words: &[&str]) -> io::Result<()> {
     let mut socket = request.websocket()?;
     while let Some((_, events)) = next_request(&mut socket, words) {
         for event in events {
@@ -154,7 +154,7 @@ fn speak_over_websocket(request: &mut UpstreamRequest<'_>, words: &[&str]) -> io
     Ok(())
 }
 
-/// The proxy as a process of its own, ended on drop.
+/// The proxy as a child process, killed on drop.
 struct Proxy {
     process: Child,
     port: u16,
@@ -165,7 +165,7 @@ impl Proxy {
         let dir = TestDir::new();
         let info = dir.join("server-info.json");
         let mut process = Command::new(std::env::current_exe()?)
-            .args([BE_THE_PROXY, "--websocket"])
+            .args([RUN_PROXY, "--websocket"])
             .args(["--upstream-url", &upstream.url()])
             .arg("--upstream-ca")
             .arg(upstream.ca_file().ok_or("no certificate")?)
@@ -178,14 +178,14 @@ impl Proxy {
         let stderr = process.stderr.take();
         let mut proxy = Self { process, port: 0 };
         writeln!(stdin.ok_or("no pipe to the proxy")?, "{KEY}")?;
-        // Its first line says that it listens, or why it doesn't.
+        // The first line says that it listens, or why it failed.
         let mut lines = BufReader::new(stderr.ok_or("no pipe from the proxy")?);
         let mut first = String::new();
         lines.read_line(&mut first)?;
         let info: Value = std::fs::read_to_string(&info).map_err(|_| first)?.parse()?;
         let port = info["port"].as_u64().and_then(|port| port.try_into().ok());
         proxy.port = port.ok_or("no port in the info file")?;
-        // Its log is of no interest here, but somebody has to take it.
+        // Discards the rest of the log, so that the pipe does not fill up.
         thread::spawn(move || io::copy(&mut lines, &mut io::sink()));
         Ok(proxy)
     }

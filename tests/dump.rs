@@ -316,7 +316,7 @@ mod limits {
             let mut client = proxy.client();
             std::thread::spawn(move || client.post_default().unwrap().body.len())
         });
-        // Six responses of 15 MiB are buffered until they end. The limit has room for four.
+        // Six responses of 15 MiB are buffered until they end, which is more than the limit of 64 MiB.
         (0..STREAMS).for_each(|_| sent.recv().unwrap());
         proxy.wait_for_line(|line| line.contains("is not written: dump buffer full"));
         (0..STREAMS).for_each(|_| release.send(()).unwrap());

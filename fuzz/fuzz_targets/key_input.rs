@@ -1,5 +1,5 @@
-//! Whatever comes on stdin, in whatever pieces: the key is the first line, or it is refused with a
-//! sentence that repeats nothing of it.
+//! Arbitrary bytes on stdin, in reads of arbitrary sizes: the key is the first line, or it is rejected with a message
+//! that does not repeat it.
 #![no_main]
 
 use codex_responses_proxy::key::{Credential, KeyRule};
@@ -23,17 +23,17 @@ fuzz_target!(|input: (bool, Vec<u8>, Vec<u8>)| {
     let is_key = key.len() > padding
         && key.len() <= rule.max_length
         && key[..key.len() - padding].iter().all(|byte| byte.is_ascii_alphanumeric() || others.contains(byte));
-    // White space counts, too, up to where the page ends.
+    // White space counts towards the size of the page.
     let is_within = line.len() <= KeyRule::BEARER_TOKEN.max_length + 1;
     match outcome {
         Ok(credential) => {
             assert!(is_key);
             assert_eq!(credential.header_line(), [b"authorization: Bearer ", key, b"\r\n"].concat());
         }
-        Err(sentence) => {
-            assert!(!is_key || !is_within, "rejected a key: {sentence}");
-            let repeats = std::str::from_utf8(key).is_ok_and(|key| key.len() > 20 && sentence.contains(key));
-            assert!(!repeats, "{sentence}");
+        Err(message) => {
+            assert!(!is_key || !is_within, "rejected a valid key: {message}");
+            let repeats = std::str::from_utf8(key).is_ok_and(|key| key.len() > 20 && message.contains(key));
+            assert!(!repeats, "{message}");
         }
     }
 });
