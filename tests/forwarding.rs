@@ -100,6 +100,20 @@ fn client_gets_100_continue_before_it_sends_its_body() {
     assert_eq!(recorded.body, b"hello");
 }
 
+// The worked example in CONTRIBUTING.md.
+#[test]
+fn rate_limit_response_is_returned_with_its_headers() {
+    let (upstream, mut proxy) = serve(|request| {
+        request.read_body()?;
+        request.respond("429 Too Many Requests", "Retry-After: 7\r\n", b"slow down")
+    });
+    let response = proxy.client().post("X-Custom: 1\r\n", "{}").unwrap();
+    assert_eq!(response.status(), 429);
+    assert_eq!(response.head.get("retry-after"), Some("7"));
+    assert_eq!(upstream.single_request().head.get("x-custom"), Some("1"));
+    proxy.wait_for_request("request ", &[" status=429 "]);
+}
+
 /// Responses of an upstream: status, a header field in lower case, body.
 const RESPONSES: &str = "200 OK|x-request-id: r|{}
 202 Accepted||
