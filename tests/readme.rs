@@ -2,12 +2,15 @@
 
 mod support;
 
-use std::process::Command;
+use std::{fs, process::Command};
 use support::*;
 
 #[test]
 fn readme_shows_the_help_text() {
-    let readme = include_str!("../README.md");
+    // Nix builds without it, so that a change of the README rebuilds nothing.
+    let Ok(readme) = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")) else {
+        return skip("the README's options", "there is no README.md");
+    };
     let start = "<!-- help -->\n```text\n";
     let end = "```\n<!-- /help -->";
     let block = readme
