@@ -70,8 +70,9 @@ impl Client {
     pub(crate) fn send_post(&mut self, headers: &str, body: impl AsRef<[u8]>) -> io::Result<()> {
         let body = body.as_ref();
         let length = format!("{headers}Content-Length: {}\r\n", body.len());
-        self.send_head(&length)?;
-        self.send(body)
+        let head = self.post_head(&length);
+        // One write: a proxy that responds before the body has arrived closes the connection.
+        self.send([head.as_bytes(), body].concat())
     }
 
     /// Sends a chunk; an empty one ends the body.
