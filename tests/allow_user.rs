@@ -115,7 +115,7 @@ mod linux {
         // A limit of 30 clients.
         let command = limit_descriptors(allowing(&upstream, [&*ALLOWED.to_string()]), 100, 0..0);
         let proxy = command.start();
-        // Some send a partial request, and none reads.
+        // Half of them send a partial request. They never read.
         let mut denied = [(); 100].map(|()| client_of(DENIED, &proxy));
         for client in denied.iter_mut().step_by(2) {
             let _ = client.send("POST /v1/resp");

@@ -210,12 +210,10 @@ fn upstream_failure_during_a_response_truncates_it() {
 #[test]
 fn upstream_failure_right_after_the_head_truncates_the_response() {
     let (_upstream, mut proxy) = serve_truncated(None);
-    // hyper rejects a response whose first chunk is invalid, so that case is a 502.
-    let cases = TRUNCATED.iter().map(|(case, _)| *case);
-    for case in cases.filter(|case| *case != "invalid chunk") {
+    for (case, _) in TRUNCATED {
         let mut client = send_case(&proxy, case, "1.1");
-        // A reset may overtake the bytes sent before it.
-        let end = if case.ends_with("reset") {
+        // A reset or an invalid chunk may stop the proxy before it has forwarded the head.
+        let end = if case.ends_with("reset") || *case == "invalid chunk" {
             client.read_response().map(drop).expect_err(case)
         } else {
             read_until_failure(&mut client, case);
