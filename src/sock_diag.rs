@@ -27,7 +27,7 @@ const ESTABLISHED: u8 = 1;
 const SYN_RECV: u8 = 3;
 const LISTEN: u8 = 10;
 
-/// What the kernel reports of a socket: its state, how many bytes its peer has not acknowledged, its
+/// The kernel's report of a socket: its state, how many bytes its peer has not acknowledged, its
 /// owner's uid, and its inode, which is 0 while no process has it.
 type Report = (u8, u32, u32, u32);
 

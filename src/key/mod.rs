@@ -322,7 +322,7 @@ mod tests {
         const CHARACTER: &str = "a character other than";
         let too_long = vec![b'k'; OPENAI.max_length + 1];
         let token_too_long = vec![b'k'; 4073];
-        // What follows the blanks is not read.
+        // Bytes behind the blanks are not read.
         let cut = [b"sk-secret".as_slice(), &[b' '; 5000], b"x"].concat();
         let cases: [(&str, KeyRule, &[u8], &str); 23] = [
             (
