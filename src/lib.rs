@@ -10,7 +10,8 @@
 //! | `upstream` | the target, connecting, adding the credential, pooled connections |
 //! | [`key`] | the credential: read once, in a page of its own |
 //!
-//! The others are what every program needs. They import nothing from these four but `key::environment`.
+//! `server` connects them. The others are what every program needs, and import nothing from these four but
+//! `key::environment`.
 
 #[macro_use]
 mod log;

@@ -74,7 +74,7 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Rc<Handler>) 
             let _ = stream.set_zero_linger();
         }
         Close::Linger => {
-            // hyper does so only after a response of its own.
+            // hyper shuts the stream down only after a response of its own.
             let _ = stream.shutdown().await;
             let limit = match handler.shutdown.is_triggered() {
                 true => FIRST_REQUEST_GRACE,
