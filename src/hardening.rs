@@ -5,9 +5,6 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use crate::key::environment;
 
-/// Prefixes of the variables by which a dynamic loader loads code into a process.
-const LOADER_PREFIXES: [&[u8]; 2] = [b"LD_", b"DYLD_"];
-
 /// Forbids core dumps, debuggers and new privileges, and removes the loader's variables.
 ///
 /// To be called first of all in `main`: it changes the environment, which is sound only while there
@@ -25,11 +22,8 @@ pub(crate) fn harden() -> Result<(), String> {
     deny_debuggers().map_err(refused("forbid debuggers"))?;
     #[cfg(target_os = "linux")]
     nix::sys::prctl::set_no_new_privs().map_err(refused("give up new privileges"))?;
-    let is_loaders = |name: &[u8]| {
-        LOADER_PREFIXES
-            .iter()
-            .any(|&prefix| name.starts_with(prefix))
-    };
+    // Variables by which a dynamic loader loads code into a process.
+    let is_loaders = |name: &[u8]| name.starts_with(b"LD_") || name.starts_with(b"DYLD_");
     for name in environment::visit_variables(|name, _| is_loaders(name)) {
         // SAFETY: this function is called before any thread is started.
         unsafe { std::env::remove_var(name) };

@@ -88,6 +88,7 @@ impl Server {
     /// Serves clients until shutdown is complete.
     pub(crate) fn serve(self, credential: Credential) -> Result<(), String> {
         for name in credential.scrub_environment() {
+            let name = name.display();
             log!("the key was also in the variable {name}: start the proxy with `env -u {name}`");
         }
         let max_connections = raise_fd_limit();

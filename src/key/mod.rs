@@ -7,7 +7,7 @@ mod page;
 mod prompt;
 
 use std::io::{self, stdin};
-use std::{ffi::OsString, fmt, fs::File, ops::Range, os::fd::AsFd};
+use std::{ffi::OsString, fs::File, ops::Range, os::fd::AsFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -27,32 +27,28 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 pub struct KeyRule {
     /// The longest key, in bytes.
     pub max_length: usize,
-    /// Other characters.
-    others: &'static str,
-    /// Whether `=` may follow, as base64's padding.
-    may_be_padded: bool,
+    /// Other characters; `=` only at the end, as base64's padding.
+    others: &'static [u8],
 }
 
 impl KeyRule {
     /// OpenAI's keys. OpenAI's proxy has the same limit, 1,024 bytes with `Bearer `.
     pub const OPENAI: Self = Self {
         max_length: 1024 - b"Bearer ".len(),
-        others: "-_",
-        may_be_padded: false,
+        others: b"-_",
     };
 
     /// Bearer tokens (RFC 6750, section 2.1, `b68token`) that fit the page together with the header's name and
     /// CR LF. Some gateways also use `:` and `|`.
     pub const BEARER_TOKEN: Self = Self {
         max_length: page::BYTES - PREFIX.len() - b"\r\n".len(),
-        others: "-._~+/:|",
-        may_be_padded: true,
+        others: b"-._~+/:|=",
     };
 }
 
 /// The header line `authorization: Bearer KEY`, its CR LF included.
 ///
-/// It cannot be cloned, and `Debug` does not show it. Dropping it wipes it.
+/// It can be neither cloned nor formatted. Dropping it wipes it.
 pub struct Credential {
     page: Page,
     length: usize,
@@ -70,13 +66,11 @@ impl Credential {
         let echo = EchoGuard::disable_and_prompt().map_err(|error| {
             format!("cannot turn the terminal's echo off: {error}; pipe the key in instead")
         })?;
-        let mut has_read = false;
+        let mut is_over = false;
         let credential = Self::read(rule, |buffer| {
-            match std::mem::replace(&mut has_read, true) {
-                // A read from a terminal returns one line, whichever character ended it.
-                true if echo.is_some() => Ok(0),
-                _ => read_stdin(buffer),
-            }
+            // A read from a terminal returns one line, whichever character ended it.
+            let is_over = std::mem::replace(&mut is_over, echo.is_some());
+            if is_over { Ok(0) } else { read_stdin(buffer) }
         })?;
         drop(echo);
         File::open("/dev/null")
@@ -128,24 +122,16 @@ impl Credential {
     ///
     /// Such a key is a second copy, and root can read it in `/proc/PID/environ`. To be called only while there
     /// is one thread.
-    pub fn scrub_environment(&self) -> Vec<String> {
+    pub fn scrub_environment(&self) -> Vec<OsString> {
         let key = &self.header_line()[PREFIX.len()..self.length - 2];
-        let names = environment::visit_variables(|_, value| {
+        environment::visit_variables(|_, value| {
             let mut is_found = false;
             while let Some(at) = value.windows(key.len()).position(|window| window == key) {
                 value[at..at + key.len()].fill(b'*');
                 is_found = true;
             }
             is_found
-        });
-        let text = |name: OsString| name.to_string_lossy().into_owned();
-        names.into_iter().map(text).collect()
-    }
-}
-
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credential(..)")
+        })
     }
 }
 
@@ -179,26 +165,16 @@ fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, St
             "the key on stdin is longer than {max} bytes: check that it is only the key that is piped in"
         ));
     }
-    let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    if let Some(equals) = key.iter().position(|&byte| byte == b'=')
-        && key[..equals].iter().all(is_word)
-        // Not the padding of base64.
-        && key[equals..].iter().any(|&byte| byte != b'=')
-    {
-        return Err(
-            "stdin contains NAME=value: pipe in the bare key, without a name before it".into(),
-        );
+    let mut from_equals = key.iter().skip_while(|&&byte| byte != b'=');
+    if from_equals.any(|&byte| byte != b'=') {
+        return Err("stdin contains NAME=value: pipe in the bare key, without a name".into());
     }
-    let is_padding = |byte: &u8| *byte == b'=' && rule.may_be_padded;
-    let unpadded = key.iter().rposition(|byte| !is_padding(byte));
-    let unpadded = &key[..=unpadded.unwrap_or(0)];
-    let is_allowed =
-        |byte: &u8| byte.is_ascii_alphanumeric() || rule.others.as_bytes().contains(byte);
-    if !unpadded.iter().all(is_allowed) {
+    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || rule.others.contains(byte);
+    if !key.iter().all(is_allowed) || key[0] == b'=' {
+        let others = rule.others.escape_ascii();
         return Err(format!(
-            "the key on stdin has a character other than ASCII letters, digits and {}: check that it is \
-             only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's",
-            rule.others
+            "the key on stdin has a character other than ASCII letters, digits and {others}: check that it is \
+             only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's"
         ));
     }
     Ok(start..start + key.len())
@@ -366,7 +342,7 @@ mod tests {
             ("a space", TOKEN_RULE, b"Bearer secret", CHARACTER),
             ("only padding", TOKEN_RULE, b"==\n", CHARACTER),
             ("a named token", TOKEN_RULE, b"KEY=secret==\n", "NAME=value"),
-            ("padding inside", TOKEN_RULE, b"sec-ret=x", CHARACTER),
+            ("padding inside", TOKEN_RULE, b"sec-ret=x", "NAME=value"),
             (
                 "long token",
                 TOKEN_RULE,
@@ -384,11 +360,5 @@ mod tests {
                 "{name}: {error}"
             );
         }
-    }
-
-    #[test]
-    fn debug_shows_nothing() {
-        let credential = read_pieces(OPENAI, &[b"sk-secret"]).unwrap();
-        assert_eq!(format!("{credential:?}"), "Credential(..)");
     }
 }
