@@ -1,10 +1,9 @@
 //! A WebSocket after its handshake: bytes are copied both ways as they arrive, and never looked at.
 
-use std::task::{Context, Poll, ready};
 use std::{cell::Cell, future::poll_fn, io, mem::MaybeUninit, pin::Pin, rc::Rc, time::Duration};
 
-use hyper::body::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use hyper::body::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
@@ -30,29 +29,27 @@ impl Tunnel {
     /// Copies until both sides have closed, one has failed, or the tunnel is silent during shutdown. `early`
     /// was read from the client behind its handshake.
     pub(crate) async fn run(
-        mut self,
-        mut client: impl AsyncRead + AsyncWrite + Unpin,
+        self,
+        client: impl AsyncRead + AsyncWrite,
         early: Bytes,
         shutdown: &Shutdown,
     ) {
         // Holds if the tunnel is dropped, which happens only when shutdown ends.
         let error = "still open when shutdown ended";
         self.entry.error.replace(Some(error.into()));
-        let activity = Activity {
-            last: Cell::new(Instant::now()),
-            closed: Notify::new(),
-        };
-        let mut up = Direction::new(early, &self.entry.received, &activity);
-        let mut down = Direction::new(self.early, &self.entry.sent, &activity);
-        let copying = poll_fn(|cx| {
-            let up = up.poll_copy(cx, &mut client, &mut self.upstream)?;
-            let down = down.poll_copy(cx, &mut self.upstream, &mut client)?;
-            ready!(up);
-            down.map(Ok)
-        });
+        let activity = Activity::default();
+        let (client, upstream) = (split(client), split(self.upstream));
+        let up = copy(early, client.0, upstream.1, &self.entry.received, &activity);
+        let down = copy(
+            self.early,
+            upstream.0,
+            client.1,
+            &self.entry.sent,
+            &activity,
+        );
         let outcome = tokio::select! {
             biased;
-            outcome = copying => outcome,
+            outcome = async { tokio::try_join!(up, down) } => outcome.map(drop),
             () = activity.falls_silent(shutdown) => match shutdown.is_triggered() {
                 true => Ok(()),
                 false => Err(io::Error::other("one side closed and the other did not")),
@@ -64,9 +61,10 @@ impl Tunnel {
 }
 
 /// The activity of both directions of a tunnel.
+#[derive(Default)]
 struct Activity {
-    /// When bytes were last written, or a side closed.
-    last: Cell<Instant>,
+    /// When bytes were last read or written, or a side closed; `None` only at first.
+    last: Cell<Option<Instant>>,
     /// One side has closed.
     closed: Notify,
 }
@@ -78,84 +76,68 @@ impl Activity {
             () = self.closed.notified() => {}
             () = shutdown.wait() => {}
         }
-        while self.last.get().elapsed() < SILENCE_LIMIT {
-            sleep_until(self.last.get() + SILENCE_LIMIT).await;
+        while let Some(last) = self
+            .last
+            .get()
+            .filter(|last| last.elapsed() < SILENCE_LIMIT)
+        {
+            sleep_until(last + SILENCE_LIMIT).await;
         }
     }
 }
 
-/// One direction of a tunnel.
-struct Direction<'a> {
-    /// Bytes that have been read and not yet written.
-    pending: Bytes,
-    is_flushed: bool,
-    is_at_end: bool,
-    is_shut_down: bool,
-    /// How many bytes have been read.
-    count: &'a Cell<usize>,
-    activity: &'a Activity,
-}
-
-impl<'a> Direction<'a> {
-    fn new(early: Bytes, count: &'a Cell<usize>, activity: &'a Activity) -> Self {
-        count.set(early.len());
-        Self {
-            pending: early,
-            is_flushed: false,
-            is_at_end: false,
-            is_shut_down: false,
-            count,
-            activity,
+/// Copies `data`, then what comes from `from`. At its end, shuts `to` down: the other direction goes on, since
+/// the peer may still be sending.
+async fn copy(
+    mut data: Bytes,
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    count: &Cell<usize>,
+    activity: &Activity,
+) -> io::Result<()> {
+    loop {
+        count.set(count.get() + data.len());
+        write(&mut to, data, activity).await?;
+        data = read(&mut from).await?;
+        if data.is_empty() {
+            break;
         }
     }
+    activity.last.set(Some(Instant::now()));
+    activity.closed.notify_one();
+    to.shutdown().await
+}
 
-    /// Copies all that is ready. Ready once `from` has ended and `to` is shut down.
-    fn poll_copy(
-        &mut self,
-        cx: &mut Context<'_>,
-        from: &mut (impl AsyncRead + Unpin),
-        to: &mut (impl AsyncWrite + Unpin),
-    ) -> Poll<io::Result<()>> {
-        let (mut from, mut to) = (Pin::new(from), Pin::new(to));
-        loop {
-            while !self.pending.is_empty() {
-                match ready!(to.as_mut().poll_write(cx, &self.pending))? {
-                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                    count => self.pending.advance(count),
-                }
-                self.activity.last.set(Instant::now());
-            }
-            // Frees its allocation, which may be the whole buffer that hyper has read into.
-            self.pending = Bytes::new();
+/// Writes all of `data`, and frees it: it may be a part of the whole buffer that hyper has read into.
+async fn write(
+    to: &mut (impl AsyncWrite + Unpin),
+    mut data: Bytes,
+    activity: &Activity,
+) -> io::Result<()> {
+    loop {
+        activity.last.set(Some(Instant::now()));
+        if data.is_empty() {
             // TLS holds back what isn't flushed.
-            if !self.is_flushed {
-                ready!(to.as_mut().poll_flush(cx))?;
-                self.is_flushed = true;
-            }
-            if self.is_at_end {
-                // The other direction goes on: the peer may still be sending.
-                if !self.is_shut_down {
-                    ready!(to.as_mut().poll_shutdown(cx))?;
-                    self.is_shut_down = true;
-                }
-                return Poll::Ready(Ok(()));
-            }
-            let mut space = [const { MaybeUninit::uninit() }; READ_SIZE];
-            let mut buffer = ReadBuf::uninit(&mut space);
-            match ready!(from.as_mut().poll_read(cx, &mut buffer)) {
-                // Codex leaves without TLS's notice that it closes, as many do.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
-                outcome => outcome?,
-            }
-            self.pending = Bytes::copy_from_slice(buffer.filled());
-            self.count.set(self.count.get() + self.pending.len());
-            self.is_flushed = false;
-            if self.pending.is_empty() {
-                self.is_at_end = true;
-                self.activity.last.set(Instant::now());
-                self.activity.closed.notify_one();
-            }
+            return to.flush().await;
         }
+        if to.write_buf(&mut data).await? == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+    }
+}
+
+/// Reads what has come; nothing at the end.
+async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
+    let outcome = poll_fn(|cx| {
+        let mut space = [const { MaybeUninit::uninit() }; READ_SIZE];
+        let mut buffer = ReadBuf::uninit(&mut space);
+        let outcome = Pin::new(&mut *from).poll_read(cx, &mut buffer);
+        outcome.map_ok(|()| Bytes::copy_from_slice(buffer.filled()))
+    });
+    match outcome.await {
+        // Codex leaves without TLS's notice that it closes, as many do.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Bytes::new()),
+        outcome => outcome,
     }
 }
 
