@@ -4,7 +4,7 @@ use std::{error::Error, io};
 
 use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
@@ -65,18 +65,16 @@ impl ErrorReply {
         };
         let (code, message) = (self.code, self.message);
         let error = json!({ "message": message, "type": kind, "code": code, "param": null });
-        let mut response = Response::new(json!({ "error": error }).to_string().into());
-        *response.status_mut() = self.status;
-        let mut headers = vec![(CONTENT_TYPE, "application/json")];
+        let mut response = Response::builder().status(self.status);
+        response = response.header(CONTENT_TYPE, "application/json");
         if self.status == StatusCode::UPGRADE_REQUIRED {
             // Such a response must name the protocol to use (RFC 9110, section 15.5.22).
-            headers.extend([(UPGRADE, "HTTP/1.1"), (CONNECTION, "upgrade")]);
+            response = response
+                .header(UPGRADE, "HTTP/1.1")
+                .header(CONNECTION, "upgrade");
         }
-        for (name, value) in headers {
-            let value = HeaderValue::from_static(value);
-            response.headers_mut().insert(name, value);
-        }
-        response
+        let body = json!({ "error": error }).to_string().into();
+        response.body(body).expect("constants are valid headers")
     }
 }
 

@@ -20,7 +20,6 @@ pub mod cli;
 mod client;
 mod error;
 mod exchange;
-mod flush;
 mod hardening;
 pub mod key;
 mod limits;

@@ -1,18 +1,16 @@
 //! One client connection: hyper's server, and closing the connection so that no response is lost.
 
-use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
-use std::{convert::Infallible, io, rc::Rc, task::Poll, time::Duration};
+use std::{convert::Infallible, io, pin::Pin, rc::Rc, time::Duration};
 
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Version, server::conn::http1::Builder, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
+use super::flush_noting::FlushNoting;
 use crate::exchange::{ConnectionState, Handler, Peer};
-use crate::flush::FlushNoting;
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
 use crate::{log, sock_diag::SockDiag};
 
@@ -111,7 +109,7 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     });
     let stream = FlushNoting {
         stream,
-        state: state.flush.clone(),
+        state: Rc::clone(state),
     };
     let mut connection = Builder::new()
         .timer(TokioTimer::new())
@@ -121,28 +119,24 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
         .max_buf_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
-    let mut shutdown = pin!(handler.shutdown.wait());
-    let mut shutdown_registered = false;
-    let mut first_request_deadline: Option<Pin<Box<Sleep>>> = None;
-    let outcome = poll_fn(|cx| {
-        // Once is enough: the waker is always that of this task.
-        if !std::mem::replace(&mut shutdown_registered, true) {
-            let _ = shutdown.as_mut().poll(cx);
+    let running = async {
+        tokio::select! {
+            biased;
+            outcome = &mut connection => return outcome,
+            () = handler.shutdown.wait() => {}
         }
-        if handler.shutdown.is_triggered() {
-            let new = || Box::pin(sleep(FIRST_REQUEST_GRACE));
-            let deadline = first_request_deadline.get_or_insert_with(new);
-            let is_over = deadline.as_mut().poll(cx).is_ready();
-            if state.version().is_some() {
-                // A request in flight may finish; an idle connection closes.
-                Pin::new(&mut connection).graceful_shutdown();
-            } else if is_over {
-                return Poll::Ready(Ok(()));
+        if state.version().is_none() {
+            match timeout(FIRST_REQUEST_GRACE, &mut connection).await {
+                Ok(outcome) => return outcome,
+                Err(_) if state.version().is_none() => return Ok(()),
+                Err(_) => {}
             }
         }
-        Pin::new(&mut connection).poll(cx)
-    })
-    .await;
+        // A request in flight may finish; an idle connection closes.
+        Pin::new(&mut connection).graceful_shutdown();
+        (&mut connection).await
+    };
+    let outcome = running.await;
     let parts = connection.into_parts();
     (parts.io.into_inner().stream, parts.read_buf, outcome)
 }
@@ -281,7 +275,7 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_before_a_truncation_are_flushed_to_a_slow_client() {
-        const LENGTH_TOO_LARGE: usize = 20_000;
+        const LENGTH: usize = 20_000;
         let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Handler::for_tests(&format!("http://{}/", upstream.local_addr().unwrap()));
         let state = Rc::default();
@@ -293,11 +287,7 @@ mod tests {
             let (mut stream, _) = upstream.accept().await.unwrap();
             assert_ne!(stream.read(&mut [0; 1000]).await.unwrap(), 0);
             let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
-            let response = format!(
-                "{head}{:x}\r\n{}\r\n",
-                LENGTH_TOO_LARGE,
-                "#".repeat(LENGTH_TOO_LARGE)
-            );
+            let response = format!("{head}{LENGTH:x}\r\n{}\r\n", "#".repeat(LENGTH));
             stream.write_all(response.as_bytes()).await.unwrap();
             drop(stream);
             for _ in 0..1000 {
@@ -313,7 +303,7 @@ mod tests {
         assert!(outcome.is_err_and(|error| error.is_user()));
         assert_eq!(
             received.iter().filter(|&&byte| byte == b'#').count(),
-            LENGTH_TOO_LARGE
+            LENGTH
         );
         assert!(!received.ends_with(b"0\r\n\r\n"));
     }

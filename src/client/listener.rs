@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
 use super::connection;
-use crate::exchange::{Handler, Peer};
+use crate::exchange::{Handler, Peer, TOO_MANY_CONNECTIONS, USER_NOT_ALLOWED};
 use crate::{log::notify_systemd, peer::PeerCheck};
 
 /// The most connections at once, if there are descriptors for that many.
@@ -121,18 +121,18 @@ pub(crate) async fn run(
     handler: &Rc<Handler>,
 ) {
     let admission = Rc::new(Admission {
+        max_share: max_connections.div_ceil(if check.is_some() { 2 } else { 1 }),
         check,
-        max_share: max_connections.div_ceil(2),
         shares: RefCell::default(),
+        slots: Arc::new(Semaphore::new(max_connections)),
         denied_slots: Semaphore::new(MAX_DENIED),
         handler: Rc::clone(handler),
     });
-    let slots = Arc::new(Semaphore::new(max_connections));
     let mut connections = JoinSet::new();
     tokio::select! {
         biased;
         () = handler.shutdown.wait() => {}
-        () = accept(&listener, &slots, &admission, &mut connections) => {}
+        () = accept(&listener, &admission, &mut connections) => {}
     }
     drop(listener);
     notify_systemd(&NotifyState::Stopping);
@@ -142,15 +142,10 @@ pub(crate) async fn run(
 }
 
 /// Never returns.
-async fn accept(
-    listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-    admission: &Rc<Admission>,
-    connections: &mut JoinSet<()>,
-) {
+async fn accept(listener: &TcpListener, admission: &Rc<Admission>, connections: &mut JoinSet<()>) {
     let mut is_failing = false;
     loop {
-        let permit = Arc::clone(slots).acquire_owned().await;
+        let permit = Arc::clone(&admission.slots).acquire_owned().await;
         // Frees the memory of those that have ended.
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
@@ -176,10 +171,11 @@ async fn accept(
 /// Which clients are served, and with how many connections.
 struct Admission {
     check: Option<PeerCheck>,
-    /// The most slots of one user.
+    /// The most connections of one user: half of the slots, or all where users are not identified.
     max_share: usize,
-    /// For each user served so far, a counter that each of the user's connections holds.
+    /// For each user seen so far, a counter that each of the user's connections holds.
     shares: RefCell<HashMap<Option<u32>, Rc<()>>>,
+    slots: Arc<Semaphore>,
     denied_slots: Semaphore,
     handler: Rc<Handler>,
 }
@@ -191,18 +187,15 @@ impl Admission {
             Some(check) => check.identify(&stream).await,
             None => (None, true),
         };
-        let is_counted = self.check.is_some() && is_allowed;
-        let share = is_counted.then(|| Rc::clone(self.shares.borrow_mut().entry(uid).or_default()));
+        let share = Rc::clone(self.shares.borrow_mut().entry(uid).or_default());
         // The map has one reference, too.
-        let exceeds_share = share
-            .as_ref()
-            .is_some_and(|share| Rc::strong_count(share) - 1 > self.max_share);
-        let peer = Peer {
-            uid,
-            is_denied: !is_allowed || exceeds_share,
-            exceeds_share,
+        let denial = match Rc::strong_count(&share) - 1 > self.max_share {
+            _ if !is_allowed => Some(&USER_NOT_ALLOWED),
+            true => Some(&TOO_MANY_CONNECTIONS),
+            false => None,
         };
-        if !peer.is_denied {
+        let peer = Peer { uid, denial };
+        if denial.is_none() {
             return connection::serve(stream, peer, &self.handler).await;
         }
         drop((permit, share));

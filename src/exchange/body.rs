@@ -8,8 +8,8 @@ use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use tokio::time::{Sleep, sleep};
 
 use super::{access_log::AccessLogEntry, connection_state::ConnectionState, dump::Tap};
+use crate::log::with_sources;
 use crate::upstream::{BodyError, Upstream, UpstreamConnection};
-use crate::{flush::FlushState, log::with_sources};
 
 /// The body of a response to a client: one of our own, or the upstream's.
 pub(crate) type ResponseBody = Either<Full<Bytes>, Download>;
@@ -75,7 +75,7 @@ pub(crate) struct Download {
     pub(super) upstream: Rc<Upstream>,
     /// `None` once the body is complete.
     pub(super) connection: Option<UpstreamConnection>,
-    pub(super) flush: FlushState,
+    pub(super) state: Rc<ConnectionState>,
     pub(super) entry: Rc<AccessLogEntry>,
     pub(super) tap: Option<Tap>,
     /// An error withheld until hyper has flushed the data before it: hyper drops what it has not flushed
@@ -109,13 +109,13 @@ impl Body for Download {
     ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
         let this = self.get_mut();
         if this.deferred_error.is_some() {
-            ready!(this.flush.poll_flushed(cx));
+            ready!(this.state.poll_flushed(cx));
             return Poll::Ready(this.deferred_error.take().map(Err));
         }
         match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 let data = frame.into_data().unwrap_or_default();
-                this.flush.clear();
+                this.state.begin_write();
                 count(&this.entry.sent, &mut this.tap, &data);
                 this.complete_if_end_of_stream();
                 Poll::Ready(Some(Ok(Frame::data(data))))

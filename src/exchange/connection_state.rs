@@ -1,22 +1,21 @@
 //! State shared by a client connection and its current request.
 
 use std::cell::{Cell, RefCell};
+use std::task::{Context, Poll, Waker};
 
 use hyper::Version;
 use hyper::body::{Body, Incoming};
 
 use super::tunnel::Tunnel;
-use crate::flush::FlushState;
+use crate::error::ErrorReply;
 
 /// The process at the other end of a client connection.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Peer {
     /// Its uid, if the kernel was queried.
     pub(crate) uid: Option<u32>,
-    /// Whether its user may not be served.
-    pub(crate) is_denied: bool,
-    /// Whether that is because the user already has its share of the connections.
-    pub(crate) exceeds_share: bool,
+    /// The response to its requests, if its user may not be served.
+    pub(crate) denial: Option<&'static ErrorReply>,
 }
 
 /// How far the connection's last request has come.
@@ -25,8 +24,9 @@ pub(crate) struct ConnectionState {
     version: Cell<Option<Version>>,
     is_request_complete: Cell<bool>,
     tunnel: RefCell<Option<Tunnel>>,
-    /// Whether hyper has flushed what it was given to send to the client.
-    pub(crate) flush: FlushState,
+    is_flushed: Cell<bool>,
+    /// Wakes the body that waits for the flush.
+    flush_waker: Cell<Option<Waker>>,
 }
 
 impl ConnectionState {
@@ -58,6 +58,28 @@ impl ConnectionState {
 
     pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
         self.tunnel.take()
+    }
+
+    /// Something is being written to the client, or about to be.
+    pub(crate) fn begin_write(&self) {
+        self.is_flushed.set(false);
+    }
+
+    /// All that was written to the client has been flushed.
+    pub(crate) fn end_write(&self) {
+        self.is_flushed.set(true);
+        if let Some(waker) = self.flush_waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Ready once all that was written to the client has been flushed.
+    pub(super) fn poll_flushed(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.is_flushed.get() {
+            return Poll::Ready(());
+        }
+        self.flush_waker.set(Some(cx.waker().clone()));
+        Poll::Pending
     }
 }
 

@@ -19,33 +19,35 @@ const SHUTDOWN_PATH: &str = "/shutdown";
 /// forbidden request headers).
 const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
-const USER_NOT_ALLOWED: ErrorReply = ErrorReply::forbidden(
+/// The response to denied users.
+pub(crate) static USER_NOT_ALLOWED: ErrorReply = ErrorReply::forbidden(
     "user_not_allowed",
     "this user is not allowed, or disconnected before being identified",
 );
-const TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
+/// The response to users who have their share of the connections.
+pub(crate) static TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
     StatusCode::SERVICE_UNAVAILABLE,
     "too_many_connections",
     "this user holds half of all connections, the most for one user: close some",
 );
-const BROWSER_REQUEST: ErrorReply = ErrorReply::forbidden(
+static BROWSER_REQUEST: ErrorReply = ErrorReply::forbidden(
     "browser_not_allowed",
     "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected",
 );
-const HOST_NOT_LOOPBACK: ErrorReply = ErrorReply::forbidden(
+static HOST_NOT_LOOPBACK: ErrorReply = ErrorReply::forbidden(
     "host_not_allowed",
     "the Host header must name this machine: localhost or a loopback address",
 );
-const HOST_COUNT: ErrorReply =
+static HOST_COUNT: ErrorReply =
     ErrorReply::bad_request("an HTTP/1.1 request must have exactly one Host header");
-const UNSUPPORTED_TRANSFER_ENCODING: ErrorReply =
+static UNSUPPORTED_TRANSFER_ENCODING: ErrorReply =
     ErrorReply::bad_request("unsupported Transfer-Encoding: only chunked is accepted");
-const LENGTH_TOO_LARGE: ErrorReply = ErrorReply::bad_request("the Content-Length is 2^63 or more");
-const NOT_FORWARDED: ErrorReply = ErrorReply::forbidden(
+static LENGTH_TOO_LARGE: ErrorReply = ErrorReply::bad_request("the Content-Length is 2^63 or more");
+static NOT_FORWARDED: ErrorReply = ErrorReply::forbidden(
     "not_allowed",
     "this proxy forwards only POST /v1/responses without a query, and WebSocket handshakes on it if started with --websocket",
 );
-const NOT_DUMPED: ErrorReply = ErrorReply::new(
+static NOT_DUMPED: ErrorReply = ErrorReply::new(
     StatusCode::UPGRADE_REQUIRED,
     "websocket_not_dumped",
     "this proxy was started with --dump-dir and forwards no WebSocket handshakes: use POST /v1/responses",
@@ -72,21 +74,18 @@ pub(super) enum Route {
 }
 
 /// Decides by the peer and the request's head alone.
-pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Route, ErrorReply> {
+pub(super) fn decide(
+    request: &Parts,
+    peer: Peer,
+    allowed: Allowed,
+) -> Result<Route, &'static ErrorReply> {
     let headers = &request.headers;
-    match peer {
-        Peer {
-            exceeds_share: true,
-            ..
-        } => return Err(TOO_MANY_CONNECTIONS),
-        Peer {
-            is_denied: true, ..
-        } => return Err(USER_NOT_ALLOWED),
-        _ => {}
+    if let Some(denial) = peer.denial {
+        return Err(denial);
     }
     let is_there = |name: &&str| headers.contains_key(*name);
     if BROWSER_HEADERS.iter().any(is_there) {
-        return Err(BROWSER_REQUEST);
+        return Err(&BROWSER_REQUEST);
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
     // (RFC 9112, section 3.2); HTTP/1.0 has no such header.
@@ -94,18 +93,18 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Ro
     match (hosts.next(), hosts.next()) {
         (None, _) if request.version == Version::HTTP_10 => {}
         (Some(host), None) if is_loopback_host(host) => {}
-        (Some(_), None) => return Err(HOST_NOT_LOOPBACK),
-        _ => return Err(HOST_COUNT),
+        (Some(_), None) => return Err(&HOST_NOT_LOOPBACK),
+        _ => return Err(&HOST_COUNT),
     }
     // The header is not forwarded, so any other coding would make the body unreadable.
     if is_chunked(headers).is_none() {
-        return Err(UNSUPPORTED_TRANSFER_ENCODING);
+        return Err(&UNSUPPORTED_TRANSFER_ENCODING);
     }
     // Some readers parse it as a signed number.
     let length = headers.get(header::CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
     if length > Some(i64::MAX as u64) {
-        return Err(LENGTH_TOO_LARGE);
+        return Err(&LENGTH_TOO_LARGE);
     }
     // An absolute-form target has a scheme and an authority. The path is compared byte for byte.
     let uri = &request.uri;
@@ -114,13 +113,13 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Ro
     match (&request.method, target.map(|target| target.as_str())) {
         (&Method::POST, Some(PATH)) => Ok(Route::Forward(Kind::Post)),
         (&Method::GET, Some(PATH)) if !allowed.websocket || !is_handshake(request) => {
-            Err(NOT_FORWARDED)
+            Err(&NOT_FORWARDED)
         }
         // On this error, Codex uses POST at once.
-        (&Method::GET, Some(PATH)) if allowed.is_dumping => Err(NOT_DUMPED),
+        (&Method::GET, Some(PATH)) if allowed.is_dumping => Err(&NOT_DUMPED),
         (&Method::GET, Some(PATH)) => Ok(Route::Forward(Kind::Handshake)),
         (&Method::GET, Some(SHUTDOWN_PATH)) if allowed.http_shutdown => Ok(Route::Shutdown),
-        _ => Err(NOT_FORWARDED),
+        _ => Err(&NOT_FORWARDED),
     }
 }
 
@@ -224,8 +223,8 @@ mod tests {
         for (length, expected) in [
             ("0", None),
             ("9223372036854775807", None),
-            ("9223372036854775808", Some(LENGTH_TOO_LARGE)),
-            ("18446744073709551613", Some(LENGTH_TOO_LARGE)),
+            ("9223372036854775808", Some(&LENGTH_TOO_LARGE)),
+            ("18446744073709551613", Some(&LENGTH_TOO_LARGE)),
         ] {
             let headers = [("host", "localhost"), ("content-length", length)];
             let decision = decide(

@@ -22,8 +22,8 @@ use self::access_log::AccessLogEntry;
 use self::body::{Download, ResponseBody, Upload};
 pub(crate) use self::connection_state::{ConnectionState, Peer};
 use self::dump::Dumper;
-pub(crate) use self::filter::Allowed;
 use self::filter::Route;
+pub(crate) use self::filter::{Allowed, TOO_MANY_CONNECTIONS, USER_NOT_ALLOWED};
 use self::tunnel::Tunnel;
 use crate::error::ErrorReply;
 use crate::log;
@@ -52,7 +52,7 @@ impl Handler {
         state.begin_request(version, &body);
         // hyper follows the chunks where there is a length, too: such a connection must be closed
         // (RFC 9112, section 6.1).
-        let is_last = peer.is_denied
+        let is_last = peer.denial.is_some()
             || version == Version::HTTP_10
             || head.headers.contains_key(TRANSFER_ENCODING);
         let route = filter::decide(&head, peer, self.allowed);
@@ -75,7 +75,7 @@ impl Handler {
             }
         };
         *response.version_mut() = version;
-        if is_last || !state.is_request_complete() {
+        if is_last || !state.is_request_complete() || self.shutdown.is_triggered() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
         }
@@ -127,7 +127,7 @@ impl Handler {
             body,
             upstream: Rc::clone(&self.upstream),
             connection: Some(connection),
-            flush: state.flush.clone(),
+            state: Rc::clone(state),
             entry,
             tap,
             deferred_error: None,

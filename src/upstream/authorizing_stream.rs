@@ -4,7 +4,7 @@
 //! credential is in no header: hyper writes a request without it, and this stream adds the line from the
 //! key's page, as one slice of the same vectored write. TLS encrypts a copy of it in place.
 
-use std::io::{self, IoSlice};
+use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::{cell::Cell, mem::MaybeUninit, pin::Pin, rc::Rc, sync::Arc};
@@ -34,16 +34,17 @@ pub(super) struct RequestPrefix {
     credential: Credential,
 }
 
-/// A request whose prefix is being written.
-#[derive(Clone, Copy)]
-pub(super) struct Announced {
-    pub(super) kind: Kind,
-    /// How many bytes of the prefix have been written.
-    pub(super) offset: usize,
+/// The state that a stream shares with the sender of its requests.
+#[derive(Default)]
+pub(super) struct StreamState {
+    /// The kind of the request that is being written, and how many bytes of its prefix have been. Set before
+    /// hyper is given a request; `None` while other bytes pass.
+    pub(super) announced: Cell<Option<(Kind, usize)>>,
+    /// Whether all that hyper has written has been flushed.
+    pub(super) is_flushed: Cell<bool>,
+    /// How many interim responses the last request has had. Atomic only because hyper's callbacks must be `Send`.
+    pub(super) interim: Arc<AtomicU32>,
 }
-
-/// `None` while other bytes pass. Set before hyper is given a request.
-pub(super) type Announcement = Rc<Cell<Option<Announced>>>;
 
 impl RequestPrefix {
     /// The prefix of requests with this target in origin form.
@@ -55,48 +56,42 @@ impl RequestPrefix {
         }
     }
 
-    /// The slices to write for `bufs`. An error if hyper writes anything but the request line: the
-    /// credential must not follow that.
+    /// The slices to write for `bufs`, once `written` bytes of the prefix are. An error if hyper writes
+    /// anything but the request line: the credential must not follow that.
     fn slices<'a>(
         &'a self,
-        announced: Announced,
+        (kind, written): (Kind, usize),
         bufs: &'a [IoSlice<'_>],
-    ) -> io::Result<[IoSlice<'a>; MAX_SLICES]> {
-        let line = &self.lines[announced.kind as usize];
-        let written = announced.offset.saturating_sub(line.len());
-        let mut line = line.get(announced.offset..).unwrap_or_default();
-        let mut credential = Some(&self.credential.header_line()[written..]);
+    ) -> Result<[IoSlice<'a>; MAX_SLICES]> {
+        let line = &self.lines[kind as usize];
+        let credential = &self.credential.header_line()[written.saturating_sub(line.len())..];
+        let line = line.get(written..).unwrap_or_default();
+        // hyper writes a head as one slice.
+        let rest = bufs.first().and_then(|head| head.strip_prefix(line));
+        let unexpected = || Error::other("unexpected bytes in place of the request line");
+        let front = [line, credential, rest.ok_or_else(unexpected)?].map(IoSlice::new);
         let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-        let mut free = slices.iter_mut();
-        let mut push = |bytes| {
-            free.by_ref()
-                .take(1)
-                .for_each(|slice| *slice = IoSlice::new(bytes))
-        };
-        for buf in bufs {
-            let (front, rest) = buf.split_at(line.len().min(buf.len()));
-            let unexpected = || io::Error::other("unexpected bytes in place of the request line");
-            line = line.strip_prefix(front).ok_or_else(unexpected)?;
-            push(front);
-            if line.is_empty() {
-                push(credential.take().unwrap_or_default());
-            }
-            push(rest);
-        }
+        let parts = front.into_iter().chain(bufs.iter().skip(1).copied());
+        slices
+            .iter_mut()
+            .zip(parts)
+            .for_each(|(slice, part)| *slice = part);
         Ok(slices)
     }
 
     /// Accounts for a write of `count` bytes: what is announced from now on, and how many of the bytes
     /// were hyper's.
-    fn account_for(&self, announced: Announced, count: usize) -> (Option<Announced>, usize) {
-        let Announced { kind, offset } = announced;
+    fn account_for(
+        &self,
+        (kind, written): (Kind, usize),
+        count: usize,
+    ) -> (Option<(Kind, usize)>, usize) {
         let line = self.lines[kind as usize].len();
         let prefix = line + self.credential.header_line().len();
-        let end = offset + count;
-        let of_line = end.min(line).saturating_sub(offset);
+        let end = written + count;
+        let of_line = end.min(line).saturating_sub(written);
         let behind = end.saturating_sub(prefix);
-        let next = Announced { kind, offset: end };
-        ((end < prefix).then_some(next), of_line + behind)
+        ((end < prefix).then_some((kind, end)), of_line + behind)
     }
 }
 
@@ -104,9 +99,7 @@ impl RequestPrefix {
 pub(super) struct AuthorizingStream<S> {
     pub(super) stream: S,
     pub(super) prefix: Rc<RequestPrefix>,
-    pub(super) announcement: Announcement,
-    /// How many interim responses the last request has had. Atomic only because hyper's callbacks must be `Send`.
-    pub(super) interim: Arc<AtomicU32>,
+    pub(super) state: Rc<StreamState>,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
@@ -114,9 +107,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.interim.load(Relaxed) > MAX_INTERIM {
-            return Poll::Ready(Err(io::Error::other("too many interim responses")));
+    ) -> Poll<Result<()>> {
+        if self.state.interim.load(Relaxed) > MAX_INTERIM {
+            return Poll::Ready(Err(Error::other("too many interim responses")));
         }
         for _ in 0..READ_COST {
             ready!(poll_proceed(cx)).made_progress();
@@ -130,11 +123,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<Result<usize>> {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 
@@ -142,18 +131,19 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
+    ) -> Poll<Result<usize>> {
         let this = self.get_mut();
+        this.state.is_flushed.set(false);
         let mut stream = Pin::new(&mut this.stream);
-        while let Some(announced) = this.announcement.get() {
+        while let Some(announced) = this.state.announced.get() {
             let slices = this.prefix.slices(announced, bufs)?;
-            let written = stream.as_mut().poll_write_vectored(cx, &slices);
-            let written = ready!(unless_closed(written))?;
-            let (next, consumed) = this.prefix.account_for(announced, written);
-            this.announcement.set(next);
+            let count = stream.as_mut().poll_write_vectored(cx, &slices);
+            let count = ready!(unless_closed(count))?;
+            let (next, of_hyper) = this.prefix.account_for(announced, count);
+            this.state.announced.set(next);
             // Nothing to report yet if only a part of the credential was written.
-            if consumed > 0 || written == 0 {
-                return Poll::Ready(Ok(consumed));
+            if of_hyper > 0 || count == 0 {
+                return Poll::Ready(Ok(of_hyper));
             }
         }
         unless_closed(stream.poll_write_vectored(cx, bufs))
@@ -163,23 +153,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        unless_closed(Pin::new(&mut self.stream).poll_flush(cx))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        ready!(unless_closed(Pin::new(&mut self.stream).poll_flush(cx)))?;
+        self.state.is_flushed.set(true);
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
 /// If an upstream responds early and closes, writes fail while its response waits to be read. So such a write
 /// stays pending: reads yield first the response, then the end.
-fn unless_closed<T>(outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+fn unless_closed<T>(outcome: Poll<Result<T>>) -> Poll<Result<T>> {
+    let is_closed = |kind| matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
     match outcome {
-        Poll::Ready(Err(error)) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
-            Poll::Pending
-        }
+        Poll::Ready(Err(error)) if is_closed(error.kind()) => Poll::Pending,
         outcome => outcome,
     }
 }
@@ -202,7 +192,7 @@ mod tests {
 
     fn prefix() -> Rc<RequestPrefix> {
         let mut input: &[u8] = b"sk-key\n";
-        let read = |buffer: &mut [u8]| io::Read::read(&mut input, buffer);
+        let read = |buffer: &mut [u8]| std::io::Read::read(&mut input, buffer);
         let credential = Credential::read(crate::key::KeyRule::OPENAI, read).unwrap();
         Rc::new(RequestPrefix::new("/v1", credential))
     }
@@ -216,11 +206,7 @@ mod tests {
     }
 
     impl AsyncWrite for Wire {
-        fn poll_write(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            _: &[u8],
-        ) -> Poll<io::Result<usize>> {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<Result<usize>> {
             unreachable!("all is written vectored")
         }
 
@@ -228,7 +214,7 @@ mod tests {
             mut self: Pin<&mut Self>,
             _: &mut Context<'_>,
             bufs: &[IoSlice<'_>],
-        ) -> Poll<io::Result<usize>> {
+        ) -> Poll<Result<usize>> {
             self.is_ready = !self.is_ready;
             if self.is_ready {
                 return Poll::Pending;
@@ -242,11 +228,11 @@ mod tests {
             Poll::Ready(Ok(count))
         }
 
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<()>> {
             Poll::Ready(Ok(()))
         }
 
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<()>> {
             Poll::Ready(Ok(()))
         }
     }
@@ -256,8 +242,7 @@ mod tests {
         let mut stream = AuthorizingStream {
             stream: tokio::io::repeat(b'x'),
             prefix: prefix(),
-            announcement: Announcement::default(),
-            interim: Arc::default(),
+            state: Rc::default(),
         };
         let mut count = 0;
         std::future::poll_fn(|cx| {
@@ -275,7 +260,7 @@ mod tests {
     }
 
     /// Writes all of `pieces` as hyper would: the rest again and again, until nothing is left.
-    fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> io::Result<()> {
+    fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> Result<()> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let mut pieces: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         let mut left = pieces.as_mut_slice();
@@ -293,7 +278,6 @@ mod tests {
     fn credential_follows_the_request_line_for_every_split() {
         let prefix = prefix();
         let check = |kind: Kind, wire: &[u8], pieces: &[&[u8]], takes: &[usize]| {
-            let announcement = Announcement::default();
             let stream = Wire {
                 takes: takes.iter().copied().collect(),
                 ..Wire::default()
@@ -301,12 +285,11 @@ mod tests {
             let mut stream = AuthorizingStream {
                 stream,
                 prefix: Rc::clone(&prefix),
-                announcement: Rc::clone(&announcement),
-                interim: Arc::default(),
+                state: Rc::default(),
             };
             // Two requests on one stream, and other bytes between them.
             for _ in 0..2 {
-                announcement.set(Some(Announced { kind, offset: 0 }));
+                stream.state.announced.set(Some((kind, 0)));
                 write(&mut stream, pieces).unwrap();
                 write(&mut stream, &[b"more"]).unwrap();
             }
@@ -324,7 +307,8 @@ mod tests {
             let check = |pieces: &[&[u8]], takes: &[usize]| {
                 check(kind, wire.as_bytes(), pieces, takes);
             };
-            for first in 0..=request.len() {
+            // hyper writes a head as one slice.
+            for first in line.len()..=request.len() {
                 let (front, rest) = request.split_at(first);
                 for second in 0..=rest.len() {
                     let (middle, end) = rest.split_at(second);
@@ -348,14 +332,12 @@ mod tests {
             (Kind::Handshake, "POST /v1 HTTP/1.1\r\n\r\n"),
             (Kind::Post, "rest of a body"),
         ] {
-            let announcement = Announcement::default();
             let mut stream = AuthorizingStream {
                 stream: Wire::default(),
                 prefix: Rc::clone(&prefix),
-                announcement: Rc::clone(&announcement),
-                interim: Arc::default(),
+                state: Rc::default(),
             };
-            announcement.set(Some(Announced { kind, offset: 0 }));
+            stream.state.announced.set(Some((kind, 0)));
             write(&mut stream, &[other.as_bytes()]).expect_err(other);
             assert!(
                 !stream

@@ -5,8 +5,7 @@
 //! announced to that connection's stream, and a response could not hold its connection back until it is
 //! complete.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 use std::{error::Error, pin::Pin, rc::Rc};
 
 use hyper::body::{Body, Bytes, Incoming};
@@ -14,11 +13,10 @@ use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper::{Request, Response, ext::on_informational};
 use hyper_util::rt::TokioIo;
-use tokio::task::{JoinHandle, spawn_local};
+use tokio::task::JoinSet;
 
-use super::authorizing_stream::{Announced, Announcement, AuthorizingStream, RequestPrefix};
+use super::authorizing_stream::{AuthorizingStream, RequestPrefix, StreamState};
 use super::{Kind, connector::Stream};
-use crate::flush::{FlushNoting, FlushState};
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_INTERIM};
 
 /// hyper's reason, or [`std::io::ErrorKind::TimedOut`].
@@ -30,44 +28,39 @@ pub(crate) type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = BodyError>>
 /// The sending end of a connection. Dropping it closes the connection.
 pub(crate) struct UpstreamConnection {
     sender: SendRequest<RequestBody>,
-    /// Returns the stream when HTTP has ended on it, and what has been read behind the last response.
-    task: JoinHandle<(Stream, Bytes)>,
-    announcement: Announcement,
-    interim: Arc<AtomicU32>,
-    flush: FlushState,
+    /// Returns the stream when HTTP has ended on it, and what has been read behind the last response. A set,
+    /// since dropping it aborts the task.
+    task: JoinSet<(Stream, Bytes)>,
+    state: Rc<StreamState>,
 }
 
 impl UpstreamConnection {
     pub(super) async fn new(stream: Stream, prefix: &Rc<RequestPrefix>) -> hyper::Result<Self> {
-        let (announcement, interim) = (Announcement::default(), Arc::default());
-        let flush = FlushState::default();
+        let state = Rc::new(StreamState::default());
         let stream = AuthorizingStream {
             stream,
             prefix: Rc::clone(prefix),
-            announcement: Rc::clone(&announcement),
-            interim: Arc::clone(&interim),
+            state: Rc::clone(&state),
         };
-        let state = flush.clone();
         let (sender, mut connection) = Builder::new()
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
             .max_buf_size(MAX_HEAD_BYTES)
             .allow_spaces_after_header_name_in_responses(true)
             .allow_obsolete_multiline_headers_in_responses(true)
-            .handshake(TokioIo::new(FlushNoting { stream, state }))
+            .handshake(TokioIo::new(stream))
             .await?;
-        let task = spawn_local(async move {
+        let mut task = JoinSet::new();
+        task.spawn_local(async move {
             // An error is also that of the response or its body.
             let _ = (&mut connection).await;
             let parts = connection.into_parts();
-            (parts.io.into_inner().stream.stream, parts.read_buf)
+            (parts.io.into_inner().stream, parts.read_buf)
         });
         Ok(Self {
             sender,
             task,
-            announcement,
-            interim,
-            flush,
+            state,
         })
     }
 
@@ -78,22 +71,22 @@ impl UpstreamConnection {
         kind: Kind,
         mut request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
-        self.announcement.set(Some(Announced { kind, offset: 0 }));
-        self.interim.store(0, Relaxed);
-        let interim = Arc::clone(&self.interim);
+        self.state.announced.set(Some((kind, 0)));
+        self.state.interim.store(0, Relaxed);
+        let interim = Arc::clone(&self.state.interim);
         on_informational(&mut request, move |_| _ = interim.fetch_add(1, Relaxed));
         self.sender.try_send_request(request).await
     }
 
     /// Whether the last request had more than [`MAX_INTERIM`] interim responses.
     pub(super) fn exceeds_interim(&self) -> bool {
-        self.interim.load(Relaxed) > MAX_INTERIM
+        self.state.interim.load(Relaxed) > MAX_INTERIM
     }
 
     /// Whether another request can be sent: not if the upstream has closed the connection or sent
     /// unsolicited bytes, and not while a part of a request that was responded to early is unsent.
     pub(super) fn is_idle(&self) -> bool {
-        self.sender.is_ready() && self.flush.is_flushed()
+        self.sender.is_ready() && self.state.is_flushed.get()
     }
 
     /// After a 101, the stream and what has been read from it behind the head.
@@ -101,15 +94,9 @@ impl UpstreamConnection {
     /// `None` if the response came before the whole request was sent: then it is unknown which bytes
     /// belong to the tunnel.
     pub(crate) async fn into_upgraded(mut self) -> Option<(Stream, Bytes)> {
-        if !self.flush.is_flushed() {
+        if !self.state.is_flushed.get() {
             return None;
         }
-        (&mut self.task).await.ok()
-    }
-}
-
-impl Drop for UpstreamConnection {
-    fn drop(&mut self) {
-        self.task.abort();
+        self.task.join_next().await?.ok()
     }
 }
