@@ -42,9 +42,11 @@ impl ErrorReply {
     }
 
     /// No connection to the upstream, so nothing was sent.
-    pub(crate) fn unreachable<E: Error + 'static>(message: &'static str) -> impl Fn(E) -> Self {
+    pub(crate) fn unreachable<E: Into<Box<dyn Error>>>(
+        message: &'static str,
+    ) -> impl Fn(E) -> Self {
         let reply = move || Self::new(StatusCode::BAD_GATEWAY, "upstream_unreachable", message);
-        move |error| reply().with_source(&error)
+        move |error| reply().with_source(&*error.into())
     }
 
     /// No response from the upstream, or one that can't be forwarded.

@@ -17,15 +17,13 @@ use crate::peer::PeerCheck;
 use crate::server_info::ServerInfo;
 use crate::shutdown::Shutdown;
 use crate::upstream::outbound_proxy::outbound_proxy;
-use crate::upstream::target::Target;
-use crate::upstream::{Connector, Upstream, ca_file};
+use crate::upstream::{Connector, Upstream, target::Target, trusted_roots::trusted_roots};
 
 /// The most threads that look up names and groups and write dumps.
 const MAX_BLOCKING_THREADS: usize = 16;
 
 /// A proxy that lacks only the key.
 pub(crate) struct Server {
-    target: Target,
     connector: Connector,
     listener: std::net::TcpListener,
     address: SocketAddr,
@@ -41,13 +39,14 @@ impl Server {
     pub(crate) fn prepare(arguments: &Arguments) -> Result<Self, String> {
         let target = Target::parse(&arguments.upstream_url)?;
         let proxy = outbound_proxy(&target, |name| var_os(name))?;
-        let ca_file = ca_file(arguments.upstream_ca.as_deref(), |name| var_os(name));
-        let mut connector = Connector::new(&target, proxy, ca_file)?;
+        let roots = trusted_roots(arguments.upstream_ca.as_deref(), |name| var_os(name))?;
+        let mut connector = Connector::new(target, proxy, roots);
         let listener = listener::open(arguments.port)?;
         let address = listener.local_addr().map_err(unusable)?;
         listener.set_nonblocking(true).map_err(unusable)?;
         let peer_check = PeerCheck::new("--allow-user", &arguments.allow_user, address)?;
-        connector.owner = owner_check(&target, arguments.upstream_user.as_ref(), address)?;
+        let owner = arguments.upstream_user.as_ref();
+        connector.owner = owner_check(&connector.target, owner, address)?;
         let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
         let allowed = Allowed {
             http_shutdown: arguments.http_shutdown,
@@ -65,7 +64,6 @@ impl Server {
             .build_local(LocalOptions::default())
             .map_err(|error| format!("cannot start the event loop: {error}"))?;
         Ok(Self {
-            target,
             connector,
             listener,
             address,
@@ -79,7 +77,8 @@ impl Server {
 
     /// The keys that the upstream's provider issues.
     pub(crate) fn key_rule(&self) -> KeyRule {
-        match self.target.tls_name.as_deref() {
+        let tls_name = &self.connector.target.tls_name;
+        match tls_name.as_ref().map(|name| name.to_str()).as_deref() {
             Some("api.openai.com") => KeyRule::OPENAI,
             _ => KeyRule::BEARER_TOKEN,
         }
@@ -98,9 +97,8 @@ impl Server {
             let signals = shutdown.trigger_on_signals();
             signals.map_err(|error| format!("cannot handle signals: {error}"))?;
             let listener = TcpListener::from_std(self.listener).map_err(unusable)?;
-            let upstream = Rc::new(Upstream::new(self.target, self.connector, credential));
-            let pool = Rc::clone(&upstream);
-            spawn_local(async move { pool.maintain().await });
+            let upstream = Rc::new(Upstream::new(self.connector, credential));
+            spawn_local(Rc::clone(&upstream).maintain());
             if let Some(mut file) = self.server_info {
                 file.publish(self.address.port())?;
                 shutdown.remove_at_start(file);

@@ -106,7 +106,7 @@ impl Handler {
             tap,
             stalled: None,
         };
-        let host = self.upstream.target.host_header.clone();
+        let host = self.upstream.connector.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);
         let outcome = self.upstream.send(kind, headers, Box::pin(upload)).await;
         let (connection, response) = match outcome {
@@ -171,13 +171,14 @@ impl Handler {
     /// In front of this upstream, with a key of its own.
     pub(crate) fn for_tests(url: &str) -> Rc<Self> {
         let target = crate::upstream::target::Target::parse(url).unwrap();
-        let connector = crate::upstream::Connector::new(&target, None, None).unwrap();
+        let connector =
+            crate::upstream::Connector::new(target, None, rustls::RootCertStore::empty());
         let mut key: &[u8] = b"sk-key\n";
         let read = |buffer: &mut [u8]| std::io::Read::read(&mut key, buffer);
         let rule = crate::key::KeyRule::OPENAI;
         let credential = crate::key::Credential::read(rule, read).unwrap();
         Rc::new(Self {
-            upstream: Rc::new(Upstream::new(target, connector, credential)),
+            upstream: Rc::new(Upstream::new(connector, credential)),
             allowed: Allowed::default(),
             dumper: None,
             shutdown: Shutdown::default(),

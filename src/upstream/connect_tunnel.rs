@@ -5,11 +5,9 @@ use std::{error::Error, pin::pin};
 
 use http_body_util::Empty;
 use hyper::header::{HOST, PROXY_AUTHORIZATION};
-use hyper::{Request, Uri};
-use hyper::{body::Bytes, client::conn::http1};
-use hyper_util::{
-    client::legacy::connect::HttpConnector, client::proxy::matcher::Intercept, rt::TokioIo,
-};
+use hyper::{Request, Uri, body::Bytes, client::conn::http1};
+use hyper_util::client::{legacy::connect::HttpConnector, proxy::matcher::Intercept};
+use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
@@ -19,7 +17,7 @@ pub(super) async fn open_tunnel(
     mut http: HttpConnector,
     proxy: &Intercept,
     origin: &Uri,
-) -> Result<TokioIo<TcpStream>, Box<dyn Error + Send + Sync>> {
+) -> Result<TokioIo<TcpStream>, Box<dyn Error>> {
     let host = origin.host().unwrap_or_default();
     let authority = format!("{host}:{}", origin.port_u16().unwrap_or(443));
     let mut request = Request::connect(&authority).header(HOST, &authority);

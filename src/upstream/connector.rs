@@ -1,12 +1,10 @@
 //! Connects to the upstream: name resolution, TCP, CONNECT tunnel, TLS.
 
-use std::path::{Path, PathBuf};
-use std::{error::Error, ffi::OsString, io, sync::Arc, time::Duration};
+use std::{error::Error, io, iter::successors, sync::Arc, time::Duration};
 
-use hyper::{StatusCode, Uri};
+use hyper::StatusCode;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::proxy::matcher::Intercept;
-use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
@@ -46,32 +44,29 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 
 /// Connects to one target.
 pub(crate) struct Connector {
-    origin: Uri,
+    pub(crate) target: Target,
     http: HttpConnector,
     proxy: Option<Intercept>,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    tls: TlsConnector,
     /// The owners allowed for a plain upstream: any local user can listen on a loopback port.
     pub(crate) owner: Option<PeerCheck>,
 }
 
 impl Connector {
-    /// Prepares connections to `target`, through an outbound `proxy` if there is one.
-    pub(crate) fn new(
-        target: &Target,
-        proxy: Option<Intercept>,
-        ca_file: Option<(&'static str, PathBuf)>,
-    ) -> Result<Self, String> {
-        let tls = TlsConnector::from(Arc::new(client_config(ca_file)?));
-        let name = target.tls_name.clone().map(ServerName::try_from);
-        let unusable = |_| "--upstream-url has a host that is not a valid TLS server name";
-        let name = name.transpose().map_err(unusable)?;
-        Ok(Self {
-            origin: target.origin.clone(),
+    /// Prepares connections to `target`, through an outbound `proxy` if there is one: with TLS 1.2 or 1.3, for
+    /// HTTP/1.1.
+    pub(crate) fn new(target: Target, proxy: Option<Intercept>, roots: RootCertStore) -> Self {
+        // aws-lc-rs is the only provider compiled in.
+        let tls = ClientConfig::builder().with_root_certificates(roots);
+        let mut tls = tls.with_no_client_auth();
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Self {
+            target,
             http: with_options(HttpConnector::new()),
             proxy,
-            tls: name.map(|name| (tls, name)),
+            tls: TlsConnector::from(Arc::new(tls)),
             owner: None,
-        })
+        }
     }
 
     /// Seeds the TLS library's random generator.
@@ -79,8 +74,8 @@ impl Connector {
     /// It gathers entropy when it is first used, which takes some 40 ms of CPU: better now than in the
     /// first request, and better after the socket listens than before.
     pub(super) fn seed_rng(&self) {
-        if let Some((connector, _)) = &self.tls {
-            let provider = connector.config().crypto_provider();
+        if self.target.tls_name.is_some() {
+            let provider = self.tls.config().crypto_provider();
             let _ = provider.secure_random.fill(&mut [0]);
         }
     }
@@ -90,36 +85,33 @@ impl Connector {
         let connecting = timeout(CONNECT_TIMEOUT, self.connect_without_timeout());
         connecting.await.unwrap_or_else(|elapsed| {
             let message = "connecting to the upstream took longer than 10 s (connect)";
-            Err(ErrorReply {
-                status: StatusCode::GATEWAY_TIMEOUT,
-                ..ErrorReply::unreachable(message)(elapsed)
-            })
+            let mut reply = ErrorReply::unreachable(message)(elapsed);
+            reply.status = StatusCode::GATEWAY_TIMEOUT;
+            Err(reply)
         })
     }
 
     async fn connect_without_timeout(&self) -> Result<Stream, ErrorReply> {
         let mut http = self.http.clone();
+        let origin = self.target.origin.clone();
         let tcp = match &self.proxy {
-            None => http
-                .call(self.origin.clone())
-                .await
-                .map_err(connect_error)?,
+            None => http.call(origin).await.map_err(connect_error)?,
             Some(proxy) => {
                 let message = "the outbound proxy did not establish a CONNECT tunnel (proxy)";
-                let tunnel = open_tunnel(http, proxy, &self.origin).await;
-                tunnel.map_err(|e| ErrorReply::unreachable(message)(io::Error::other(e)))?
+                let tunnel = open_tunnel(http, proxy, &origin).await;
+                tunnel.map_err(ErrorReply::unreachable(message))?
             }
         }
         .into_inner();
-        if let Some((tls, name)) = &self.tls {
-            let stream = tls.connect(name.clone(), tcp).await;
+        if let Some(name) = self.target.tls_name.clone() {
+            let stream = self.tls.connect(name, tcp).await;
             return Ok(Box::new(stream.map_err(tls_error)?));
         }
         // The name is one of loopback, but may have resolved to another address.
         let address = tcp.peer_addr().map_err(connect_error)?;
         if !address.ip().to_canonical().is_loopback() {
-            let error = io::Error::other(format!("{address} is not a loopback address"));
-            return Err(ErrorReply::unreachable(CONNECT_FAILED)(error));
+            let detail = format!("{address} is not a loopback address");
+            return Err(ErrorReply::unreachable(CONNECT_FAILED)(detail));
         }
         if let Some(owner) = &self.owner
             && let (uid, false) = owner.identify(&tcp).await
@@ -127,7 +119,7 @@ impl Connector {
             let uid = log::uid(uid);
             let detail = format!("uid={uid}; if that is the upstream, use --upstream-user");
             let message = "the upstream belongs to a user who is not trusted (owner)";
-            return Err(ErrorReply::unreachable(message)(io::Error::other(detail)));
+            return Err(ErrorReply::unreachable(message)(detail));
         }
         Ok(Box::new(tcp))
     }
@@ -149,15 +141,14 @@ fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
 /// A failed name resolution or TCP connection. The former has no error number, since getaddrinfo(3) has codes
 /// of its own; the latter has one, unless an address did not reply in its share of the time.
 fn connect_error<E: Error + 'static>(error: E) -> ErrorReply {
-    let first: Option<&(dyn Error + 'static)> = Some(&error);
-    let mut causes = std::iter::successors(first, |&error| error.source());
+    let mut causes = successors(Some(&error as &(dyn Error + 'static)), |&error| {
+        error.source()
+    });
     let cause = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
-    let is_unresolved = |error: &io::Error| {
-        error.raw_os_error().is_none() && error.kind() != io::ErrorKind::TimedOut
-    };
-    ErrorReply::unreachable(match cause.is_some_and(is_unresolved) {
-        true => "the upstream's name could not be resolved (DNS)",
-        false => CONNECT_FAILED,
+    let cause = cause.filter(|cause| cause.kind() != io::ErrorKind::TimedOut);
+    ErrorReply::unreachable(match cause.map(io::Error::raw_os_error) {
+        Some(None) => "the upstream's name could not be resolved (DNS)",
+        _ => CONNECT_FAILED,
     })(error)
 }
 
@@ -177,47 +168,6 @@ fn tls_error(error: io::Error) -> ErrorReply {
     reply
 }
 
-/// The file with CAs to trust in addition to the built-in roots, and the flag or variable that names it:
-/// `--upstream-ca`, else `CODEX_CA_CERTIFICATE`, which Codex reads, else `SSL_CERT_FILE`. `variable` looks one up;
-/// an empty value counts as unset.
-pub(crate) fn ca_file(
-    flag: Option<&Path>,
-    variable: impl Fn(&str) -> Option<OsString>,
-) -> Option<(&'static str, PathBuf)> {
-    let variables = ["CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"].map(|name| (name, variable(name)));
-    let flag = ("--upstream-ca", flag.map(OsString::from));
-    let mut sources = std::iter::once(flag).chain(variables);
-    sources.find_map(|(name, path)| Some((name, path.filter(|path| !path.is_empty())?.into())))
-}
-
-/// TLS 1.2 and 1.3 with Mozilla's roots and those in `ca_file`, for HTTP/1.1.
-fn client_config(ca_file: Option<(&'static str, PathBuf)>) -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some((source, path)) = ca_file {
-        add_roots(&path, &mut roots).map_err(|error| {
-            let path = path.display();
-            format!("{source} {path}: {error}; name a file with one or more PEM certificates")
-        })?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| format!("cannot set up TLS: {error}"))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
-}
-
-/// Adds the certificates in a PEM file, except unusable ones.
-fn add_roots(path: &Path, roots: &mut RootCertStore) -> Result<(), Box<dyn Error>> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)?.collect();
-    match roots.add_parsable_certificates(certificates?) {
-        (0, _) => Err("no usable certificate found".into()),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::time::Instant;
@@ -229,7 +179,8 @@ mod tests {
         // The kernel makes the connection; nobody ever says a word of TLS.
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("https://{}/", silent.local_addr().unwrap());
-        let connector = Connector::new(&Target::parse(&url).unwrap(), None, None).unwrap();
+        let target = Target::parse(&url).unwrap();
+        let connector = Connector::new(target, None, RootCertStore::empty());
         let begun = Instant::now();
         let failure = connector.connect().await.err().unwrap();
         let lasted = begun.elapsed().as_millis();
@@ -238,33 +189,12 @@ mod tests {
         assert!(failure.message.contains("10 s (connect)"));
     }
 
-    #[test]
-    fn ca_file_comes_from_the_first_source_that_is_set() {
-        const NAMES: [&str; 3] = ["--upstream-ca", "CODEX_CA_CERTIFICATE", "SSL_CERT_FILE"];
-        for (values, expected) in [
-            ([Some("a"), Some("b"), Some("c")], Some(0)),
-            ([None, Some("b"), Some("c")], Some(1)),
-            ([None, Some(""), Some("c")], Some(2)),
-            ([None, None, Some("c")], Some(2)),
-            ([None, Some(""), Some("")], None),
-            ([None; 3], None),
-        ] {
-            let variable = |name: &str| {
-                let index = NAMES.iter().position(|other| *other == name)?;
-                values[index].map(OsString::from)
-            };
-            let found = ca_file(values[0].map(Path::new), variable);
-            let expected =
-                expected.map(|index: usize| (NAMES[index], PathBuf::from(values[index].unwrap())));
-            assert_eq!(found, expected, "{values:?}");
-        }
-    }
-
     #[cfg(target_os = "linux")]
     mod sockets {
         use std::net::SocketAddr;
         use std::task::{Context, Poll};
 
+        use hyper::Uri;
         use hyper_util::client::legacy::connect::dns::Name;
         use nix::sys::socket::sockopt::{KeepAlive, TcpUserTimeout};
         use nix::sys::socket::{Backlog, getsockopt};

@@ -8,6 +8,7 @@ mod connector;
 pub(crate) mod outbound_proxy;
 mod pool;
 pub(crate) mod target;
+pub(crate) mod trusted_roots;
 
 use std::{future::poll_fn, pin::Pin, rc::Rc, task::Poll};
 
@@ -18,9 +19,8 @@ use tokio::task::yield_now;
 
 use self::authorizing_stream::RequestPrefix;
 pub(crate) use self::connection::{BodyError, RequestBody, UpstreamConnection};
-pub(crate) use self::connector::{Connector, Stream, ca_file};
+pub(crate) use self::connector::{Connector, Stream};
 use self::pool::Pool;
-use self::target::Target;
 use crate::{error::ErrorReply, key::Credential};
 
 /// The kinds of requests that are forwarded.
@@ -44,28 +44,24 @@ impl Kind {
 
 /// The upstream and its pooled connections.
 pub(crate) struct Upstream {
-    connector: Connector,
+    pub(crate) connector: Connector,
     prefix: Rc<RequestPrefix>,
-    pub(crate) target: Target,
     pool: Pool,
 }
 
 impl Upstream {
-    pub(crate) fn new(target: Target, connector: Connector, credential: Credential) -> Self {
+    pub(crate) fn new(connector: Connector, credential: Credential) -> Self {
+        let origin_form = connector.target.origin_form.to_string();
         Self {
             connector,
-            prefix: Rc::new(RequestPrefix::new(
-                &target.origin_form.to_string(),
-                credential,
-            )),
-            target,
-            pool: Pool::default(),
+            prefix: Rc::new(RequestPrefix::new(&origin_form, credential)),
+            pool: Pool::new(),
         }
     }
 
     /// Does what the first connection would otherwise wait for, then drops expired connections. Never
     /// returns.
-    pub(crate) async fn maintain(&self) {
+    pub(crate) async fn maintain(self: Rc<Self>) {
         self.connector.seed_rng();
         self.pool.evict_expired().await;
     }
@@ -82,10 +78,11 @@ impl Upstream {
     ) -> Result<(UpstreamConnection, Response<Incoming>), ErrorReply> {
         let mut request = Request::new(body);
         *request.method_mut() = kind.method();
-        *request.uri_mut() = self.target.origin_form.clone();
+        *request.uri_mut() = self.connector.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
-            let pooled = self.acquire();
+            let mut pooled = std::iter::from_fn(|| self.pool.acquire());
+            let pooled = pooled.find(UpstreamConnection::is_idle);
             let is_pooled = pooled.is_some();
             let mut connection = match pooled {
                 Some(connection) => connection,
@@ -104,7 +101,10 @@ impl Upstream {
                 return Err(ErrorReply::bad_gateway(message));
             }
             match outcome {
-                Ok(response) => return Ok((connection, check_framing(kind, response)?)),
+                Ok(mut response) => {
+                    check_framing(kind, &mut response)?;
+                    return Ok((connection, response));
+                }
                 Err(mut error) => match error.take_message() {
                     // The pooled connection has been closed.
                     Some(unsent) if is_pooled => request = unsent,
@@ -112,12 +112,6 @@ impl Upstream {
                 },
             }
         }
-    }
-
-    /// The pooled connection used last that is still open.
-    fn acquire(&self) -> Option<UpstreamConnection> {
-        let mut pooled = std::iter::from_fn(|| self.pool.acquire());
-        pooled.find(UpstreamConnection::is_idle)
     }
 
     /// Pools a connection whose response is complete, if it can be used again.
@@ -163,23 +157,18 @@ pub(crate) fn is_websocket(headers: &HeaderMap) -> bool {
 }
 
 /// Rejects a response whose framing is not forwarded as it is.
-fn check_framing(
-    kind: Kind,
-    mut response: Response<Incoming>,
-) -> Result<Response<Incoming>, ErrorReply> {
+fn check_framing(kind: Kind, response: &mut Response<Incoming>) -> Result<(), ErrorReply> {
     let is_http_11 = response.version() == Version::HTTP_11;
+    let is_switch = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let is_tunnel = kind == Kind::Handshake && is_http_11 && is_websocket(response.headers());
     let message = match is_chunked(response.headers()) {
-        _ if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-            if kind == Kind::Handshake && is_http_11 && is_websocket(response.headers()) {
-                return Ok(response);
-            }
-            "the upstream switched to a protocol that was not requested (protocol)"
-        }
-        Some(false) => return Ok(response),
+        _ if is_switch && is_tunnel => return Ok(()),
+        _ if is_switch => "the upstream switched to a protocol that was not requested (protocol)",
+        Some(false) => return Ok(()),
         Some(true) if is_http_11 => {
             // Chunks take precedence over a length (RFC 9112, section 6.3).
             response.headers_mut().remove(CONTENT_LENGTH);
-            return Ok(response);
+            return Ok(());
         }
         _ => "the upstream's response has a transfer coding other than chunked (protocol)",
     };

@@ -20,16 +20,14 @@ pub(super) struct Pool<T = UpstreamConnection> {
     filled: Notify,
 }
 
-impl<T> Default for Pool<T> {
-    fn default() -> Self {
+impl<T> Pool<T> {
+    pub(super) fn new() -> Self {
         Self {
             idle: RefCell::default(),
             filled: Notify::new(),
         }
     }
-}
 
-impl<T> Pool<T> {
     /// Takes the connection used last.
     pub(super) fn acquire(&self) -> Option<T> {
         self.idle.borrow_mut().pop_back().map(|(idle, _)| idle)
@@ -67,7 +65,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn last_used_is_acquired_first_and_each_expires_after_90_s() {
-        let pool = Pool::default();
+        let pool = Pool::new();
         let sweep = async {
             pool.evict_expired().await;
         };
@@ -90,7 +88,7 @@ mod tests {
 
     #[test]
     fn at_most_1024_connections_are_pooled() {
-        let pool = Pool::default();
+        let pool = Pool::new();
         (0..2000).for_each(|number| pool.release(number));
         assert_eq!(pool.idle.borrow().len(), 1024);
         assert_eq!(pool.acquire(), Some(1023));

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use hyper::{Uri, header::HeaderValue, http::uri::Authority};
+use rustls::pki_types::ServerName;
 
 /// The parts of the URL, parsed once at startup.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub(crate) struct Target {
     /// Host, and the port unless it is the scheme's default.
     pub(crate) host_header: HeaderValue,
     /// The name that the upstream's certificate must have; `None` means no TLS.
-    pub(crate) tls_name: Option<String>,
+    pub(crate) tls_name: Option<ServerName<'static>>,
 }
 
 impl Target {
@@ -50,6 +51,8 @@ impl Target {
             port if port == default_port => host.clone(),
             port => format!("{host}:{port}"),
         };
+        let tls_name = (scheme == "https").then(|| bare_host.to_owned().try_into());
+        let invalid_name = |_| "has a host that is not a valid TLS server name";
         let origin = format!("{scheme}://{host_header}/");
         let origin_form = match uri.path_and_query().map_or("/", |path| path.as_str()) {
             path if path.starts_with('/') => path.to_owned(),
@@ -60,7 +63,7 @@ impl Target {
             origin: origin.parse().map_err(|_| unusable)?,
             origin_form: origin_form.parse().map_err(|_| unusable)?,
             host_header: host_header.parse().map_err(|_| unusable)?,
-            tls_name: (scheme == "https").then(|| bare_host.to_owned()),
+            tls_name: tls_name.transpose().map_err(invalid_name)?,
         })
     }
 }
