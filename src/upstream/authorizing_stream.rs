@@ -7,9 +7,9 @@
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
-use std::{cell::Cell, mem::MaybeUninit, pin::Pin, rc::Rc, sync::Arc};
+use std::{array::from_fn, cell::Cell, fmt::Display, pin::Pin, rc::Rc, sync::Arc};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 
 use super::Kind;
@@ -17,7 +17,7 @@ use crate::{key::Credential, limits::MAX_INTERIM};
 
 /// The most bytes per read: one less than hyper offers at first. It would offer more after a read that fills
 /// its buffer, and keep as much memory for as long as the response streams.
-const MAX_READ: usize = 8191;
+const MAX_READ: u64 = 8191;
 
 /// The additional cost of a read, of the 128 units that tokio lets a task use before others run. hyper may
 /// read on for long while it has nothing to forward.
@@ -30,7 +30,7 @@ const MAX_SLICES: usize = 8;
 /// The beginning of every request: a request line, which hyper writes, and the credential's line.
 pub(super) struct RequestPrefix {
     /// The request line for each [`Kind`] (RFC 9112, section 3), with its CR LF.
-    lines: [Vec<u8>; 2],
+    lines: [String; 2],
     credential: Credential,
 }
 
@@ -48,50 +48,10 @@ pub(super) struct StreamState {
 
 impl RequestPrefix {
     /// The prefix of requests with this target in origin form.
-    pub(super) fn new(origin_form: &str, credential: Credential) -> Self {
+    pub(super) fn new(origin_form: impl Display, credential: Credential) -> Self {
         let line = |kind: Kind| format!("{} {origin_form} HTTP/1.1\r\n", kind.method());
-        Self {
-            lines: [Kind::Post, Kind::Handshake].map(|kind| line(kind).into_bytes()),
-            credential,
-        }
-    }
-
-    /// The slices to write for `bufs`, once `written` bytes of the prefix are. An error if hyper writes
-    /// anything but the request line: the credential must not follow that.
-    fn slices<'a>(
-        &'a self,
-        (kind, written): (Kind, usize),
-        bufs: &'a [IoSlice<'_>],
-    ) -> Result<[IoSlice<'a>; MAX_SLICES]> {
-        let line = &self.lines[kind as usize];
-        let credential = &self.credential.header_line()[written.saturating_sub(line.len())..];
-        let line = line.get(written..).unwrap_or_default();
-        // hyper writes a head as one slice.
-        let rest = bufs.first().and_then(|head| head.strip_prefix(line));
-        let unexpected = || Error::other("unexpected bytes in place of the request line");
-        let front = [line, credential, rest.ok_or_else(unexpected)?].map(IoSlice::new);
-        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-        let parts = front.into_iter().chain(bufs.iter().skip(1).copied());
-        slices
-            .iter_mut()
-            .zip(parts)
-            .for_each(|(slice, part)| *slice = part);
-        Ok(slices)
-    }
-
-    /// Accounts for a write of `count` bytes: what is announced from now on, and how many of the bytes
-    /// were hyper's.
-    fn account_for(
-        &self,
-        (kind, written): (Kind, usize),
-        count: usize,
-    ) -> (Option<(Kind, usize)>, usize) {
-        let line = self.lines[kind as usize].len();
-        let prefix = line + self.credential.header_line().len();
-        let end = written + count;
-        let of_line = end.min(line).saturating_sub(written);
-        let behind = end.saturating_sub(prefix);
-        ((end < prefix).then_some((kind, end)), of_line + behind)
+        let lines = [Kind::Post, Kind::Handshake].map(line);
+        Self { lines, credential }
     }
 }
 
@@ -114,11 +74,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
         for _ in 0..READ_COST {
             ready!(poll_proceed(cx)).made_progress();
         }
-        let mut space = [const { MaybeUninit::uninit() }; MAX_READ];
-        let mut part = ReadBuf::uninit(&mut space[..MAX_READ.min(buf.remaining())]);
-        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part))?;
-        buf.put_slice(part.filled());
-        Poll::Ready(Ok(()))
+        let mut limited = (&mut self.stream).take(MAX_READ);
+        Pin::new(&mut limited).poll_read(cx, buf)
     }
 }
 
@@ -135,12 +92,26 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         let this = self.get_mut();
         this.state.is_flushed.set(false);
         let mut stream = Pin::new(&mut this.stream);
-        while let Some(announced) = this.state.announced.get() {
-            let slices = this.prefix.slices(announced, bufs)?;
+        while let Some((kind, written)) = this.state.announced.get() {
+            let line = this.prefix.lines[kind as usize].as_bytes();
+            let credential = this.prefix.credential.header_line();
+            let line_left = line.get(written..).unwrap_or_default();
+            let credential_left = &credential[written.saturating_sub(line.len())..];
+            // hyper writes a head as one slice. The credential must follow nothing but the request line.
+            let head = bufs.first().and_then(|head| head.strip_prefix(line_left));
+            let unexpected = || Error::other("unexpected bytes in place of the request line");
+            let front = [line_left, credential_left, head.ok_or_else(unexpected)?];
+            let rest = bufs.iter().skip(1).map(|part| &**part);
+            let mut parts = front.into_iter().chain(rest);
+            let slices: [_; MAX_SLICES] = from_fn(|_| IoSlice::new(parts.next().unwrap_or(&[])));
             let count = stream.as_mut().poll_write_vectored(cx, &slices);
             let count = ready!(unless_closed(count))?;
-            let (next, of_hyper) = this.prefix.account_for(announced, count);
-            this.state.announced.set(next);
+            let (prefix, end) = (line.len() + credential.len(), written + count);
+            let announced = (end < prefix).then_some((kind, end));
+            this.state.announced.set(announced);
+            // All that was written is hyper's, except for the credential.
+            let in_credential = |position: usize| position.clamp(line.len(), prefix);
+            let of_hyper = count - (in_credential(end) - in_credential(written));
             // Nothing to report yet if only a part of the credential was written.
             if of_hyper > 0 || count == 0 {
                 return Poll::Ready(Ok(of_hyper));
