@@ -2,7 +2,6 @@
 
 use std::{cell::RefCell, collections::VecDeque, time::Duration};
 
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::connection::UpstreamConnection;
@@ -14,47 +13,34 @@ const MAX_IDLE: usize = 1024;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Idle connections in the order of their last use, and since when they are idle.
-pub(super) struct Pool<T = UpstreamConnection> {
-    idle: RefCell<VecDeque<(T, Instant)>>,
-    /// Wakes [`Pool::evict_expired`] when the pool is no longer empty.
-    filled: Notify,
-}
+pub(super) struct Pool<T = UpstreamConnection>(RefCell<VecDeque<(T, Instant)>>);
 
 impl<T> Pool<T> {
     pub(super) fn new() -> Self {
-        Self {
-            idle: RefCell::default(),
-            filled: Notify::new(),
-        }
+        Self(RefCell::default())
     }
 
     /// Takes the connection used last.
     pub(super) fn acquire(&self) -> Option<T> {
-        self.idle.borrow_mut().pop_back().map(|(idle, _)| idle)
+        self.0.borrow_mut().pop_back().map(|(idle, _)| idle)
     }
 
     /// Adds a connection, unless there are too many.
     pub(super) fn release(&self, idle: T) {
-        let mut all = self.idle.borrow_mut();
+        let mut all = self.0.borrow_mut();
         if all.len() < MAX_IDLE {
             all.push_back((idle, Instant::now()));
-            self.filled.notify_one();
         }
     }
 
     /// Drops each connection when it has expired. Never returns.
     pub(super) async fn evict_expired(&self) {
         loop {
-            let oldest = self.idle.borrow().front().map(|(_, since)| *since);
-            match oldest {
-                Some(since) => sleep_until(since + IDLE_TIMEOUT).await,
-                None => self.filled.notified().await,
-            }
-            let is_expired = |(_, since): &(T, Instant)| since.elapsed() >= IDLE_TIMEOUT;
-            let mut all = self.idle.borrow_mut();
-            while all.front().is_some_and(is_expired) {
-                all.pop_front();
-            }
+            let oldest = self.0.borrow().front().map(|(_, since)| *since);
+            // If there is none, the next will not expire before one that is released now.
+            sleep_until(oldest.unwrap_or_else(Instant::now) + IDLE_TIMEOUT).await;
+            let mut all = self.0.borrow_mut();
+            all.retain(|(_, since)| since.elapsed() < IDLE_TIMEOUT);
         }
     }
 }
@@ -77,9 +63,9 @@ mod tests {
             pool.release(2);
             let milliseconds = Duration::from_millis;
             tokio::time::sleep(milliseconds(29_999)).await;
-            assert_eq!(pool.idle.borrow().len(), 2);
+            assert_eq!(pool.0.borrow().len(), 2);
             tokio::time::sleep(milliseconds(2)).await;
-            assert_eq!(pool.idle.borrow().len(), 1, "the first is 90 s old");
+            assert_eq!(pool.0.borrow().len(), 1, "the first is 90 s old");
             tokio::time::sleep(milliseconds(60_000)).await;
             assert_eq!(pool.acquire(), None, "and so is the second");
         };
@@ -90,7 +76,7 @@ mod tests {
     fn at_most_1024_connections_are_pooled() {
         let pool = Pool::new();
         (0..2000).for_each(|number| pool.release(number));
-        assert_eq!(pool.idle.borrow().len(), 1024);
+        assert_eq!(pool.0.borrow().len(), 1024);
         assert_eq!(pool.acquire(), Some(1023));
     }
 }
