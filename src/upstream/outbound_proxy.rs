@@ -2,7 +2,6 @@
 
 use std::{ffi::OsString, net::IpAddr};
 
-use hyper::Uri;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 
 use super::target::{Target, usable_port};
@@ -17,63 +16,55 @@ pub(crate) fn outbound_proxy(
     target: &Target,
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Option<Intercept>, String> {
-    let lookup = |upper: &str| {
-        let names = [upper.to_owned(), upper.to_ascii_lowercase()];
-        let mut found = names
-            .into_iter()
-            .filter_map(|name| Some((variable(&name)?, name)));
-        found.find(|(value, _)| !value.to_str().is_some_and(|text| text.trim().is_empty()))
-    };
-    let found = lookup("HTTPS_PROXY").or_else(|| lookup("ALL_PROXY"));
+    let is_set = |value: &OsString| !value.as_encoded_bytes().trim_ascii().is_empty();
+    let lookup = |name: &'static str| Some((variable(name).filter(is_set)?, name));
+    let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let found = names.into_iter().find_map(lookup);
     let Some((value, name)) = found.filter(|_| target.tls_name.is_some()) else {
         return Ok(None);
     };
-    let (no, no_name) = lookup("NO_PROXY").unwrap_or_default();
+    let no = ["NO_PROXY", "no_proxy"].into_iter().find_map(lookup);
+    let (no, no_name) = no.unwrap_or_default();
     let invalid = |_| format!("{no_name} is not UTF-8: correct or unset it");
     let no = no.into_string().map_err(invalid)?;
     let (no, unusable) = no_proxy_entries(&no, target.origin.port_u16().unwrap_or(443));
     if !unusable.is_empty() {
         log!("{no_name} has entries that match nothing here: {unusable:?}");
     }
-    let value = check_proxy(&name, value.to_str().unwrap_or_default().trim());
-    // NO_PROXY decides whether an invalid value matters.
-    let proxy = *value.as_ref().unwrap_or(&"http://unusable.invalid");
-    let matcher = Matcher::builder().https(proxy).no(no.join(",")).build();
-    let proxy = matcher.intercept(&target.origin);
-    proxy.map(|proxy| value.map(|_| proxy)).transpose()
+    let value = value.to_str().unwrap_or_default().trim();
+    // NO_PROXY decides whether an invalid value matters, so another that is rejected stands in for it.
+    let matcher = Matcher::builder().https(value).all("socks5://unusable");
+    let proxy = matcher.no(no.join(",")).build().intercept(&target.origin);
+    proxy.map(|proxy| checked(name, value, proxy)).transpose()
 }
 
-/// Accepts the value of a proxy variable if this program can follow it exactly.
-fn check_proxy<'a>(name: &str, value: &'a str) -> Result<&'a str, String> {
+/// Accepts a proxy if this program can follow the value of its variable exactly.
+fn checked(name: &str, value: &str, proxy: Intercept) -> Result<Intercept, String> {
     let (before_host, _) = value.rsplit_once('@').unwrap_or_default();
     let (_, user_info) = before_host.split_once("://").unwrap_or(("", before_host));
-    if user_info.contains(['@', '/', '?', '#']) {
-        return Err(format!(
-            "{name} has a reserved character in the user name or password: percent-encode it, '@' as %40"
-        ));
-    }
-    let is_http = |uri: &Uri| uri.scheme_str().is_none_or(|scheme| scheme == "http");
-    let port = |uri: &Uri| usable_port(uri.authority()?, 80);
-    match value.parse() {
-        Ok(uri) if is_http(&uri) && port(&uri).is_some() => Ok(value),
-        _ => Err(format!(
-            "{name} is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
-        )),
-    }
+    let is_http = proxy.uri().scheme_str() == Some("http");
+    let authority = proxy.uri().authority();
+    let port = authority.and_then(|authority| usable_port(authority, 80));
+    let problem = if user_info.contains(['@', '/', '?', '#']) {
+        "has a reserved character in the user name or password: percent-encode it, '@' as %40"
+    } else if !is_http || port.is_none() {
+        "is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
+    } else {
+        return Ok(proxy);
+    };
+    Err(format!("{name} {problem}"))
 }
 
 /// The entries of `NO_PROXY` that apply to `port`, as hyper-util's matcher knows them, and those that match
 /// nothing. `*.host` becomes `.host`, and `host:port` becomes `host` if the port is this one.
 fn no_proxy_entries(value: &str, port: u16) -> (Vec<&str>, Vec<&str>) {
-    let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
-    let is_network = |(address, prefix): (&str, &str)| {
-        let bits = if address.contains(':') { 128 } else { 32 };
-        is_address(address) && prefix.parse::<u8>().is_ok_and(|prefix| prefix <= bits)
-    };
     let is_in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     let is_usable = |host: &str| {
-        let is_network = host.split_once('/').is_some_and(is_network);
-        host == "*" || host.bytes().all(is_in_name) || is_address(host) || is_network
+        let (address, prefix) = host.split_once('/').unwrap_or((host, "0"));
+        let max_prefix = if address.contains(':') { 128 } else { 32 };
+        let is_prefix = prefix.parse().is_ok_and(|bits: u8| bits <= max_prefix);
+        let is_network = is_prefix && address.parse::<IpAddr>().is_ok();
+        host == "*" || host.bytes().all(is_in_name) || is_network
     };
     let (mut usable, mut unusable) = (Vec::new(), Vec::new());
     let entries = value.split([',', ' ']).map(str::trim);
