@@ -1,6 +1,6 @@
 //! The upstream URL.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, num::NonZeroU16};
 
 use hyper::{Uri, header::HeaderValue, http::uri::Authority};
 use rustls::pki_types::ServerName;
@@ -30,9 +30,8 @@ impl Target {
         }
         let example = "must be a URL such as https://api.openai.com/v1/responses";
         let uri: Uri = url.parse().map_err(|_| example)?;
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return Err(example);
-        };
+        let scheme = uri.scheme_str().ok_or(example)?;
+        let authority = uri.authority().ok_or(example)?;
         if authority.as_str().contains('@') {
             return Err("has user info ('@'): leave it out, the key comes from stdin");
         }
@@ -41,9 +40,7 @@ impl Target {
         let default_port = match scheme {
             "https" => 443,
             "http" if is_loopback(bare_host) => 80,
-            "http" => {
-                return Err("would expose the key: use https:// (http:// only for loopback hosts)");
-            }
+            "http" => return Err("would expose the key: use https:// (http:// only to loopback)"),
             _ => return Err("must begin with https:// (or http:// to a loopback host)"),
         };
         let unusable = "has no host or an invalid port";
@@ -54,11 +51,8 @@ impl Target {
         let tls_name = (scheme == "https").then(|| bare_host.to_owned().try_into());
         let invalid_name = |_| "has a host that is not a valid TLS server name";
         let origin = format!("{scheme}://{host_header}/");
-        let origin_form = match uri.path_and_query().map_or("/", |path| path.as_str()) {
-            path if path.starts_with('/') => path.to_owned(),
-            // A URL such as `https://host?a=b` has no path of its own.
-            query => format!("/{query}"),
-        };
+        // As text, the path of a URL such as `https://host?a=b` begins with a slash as well.
+        let origin_form = uri.path_and_query().ok_or(example)?.to_string();
         Ok(Self {
             origin: origin.parse().map_err(|_| unusable)?,
             origin_form: origin_form.parse().map_err(|_| unusable)?,
@@ -68,18 +62,12 @@ impl Target {
     }
 }
 
-/// The port to connect to; `None` without a host or with an invalid port.
+/// The port to connect to; `None` without a host, with user info or with an invalid port.
 pub(crate) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
-    let whole = authority.as_str();
-    let (_, host_and_port) = whole.rsplit_once('@').unwrap_or(("", whole));
-    match host_and_port.strip_prefix(authority.host())? {
+    match authority.as_str().strip_prefix(authority.host())? {
         _ if authority.host().is_empty() => None,
         "" => Some(default),
-        port => port
-            .strip_prefix(':')?
-            .parse()
-            .ok()
-            .filter(|&port| port != 0),
+        port => Some(port.strip_prefix(':')?.parse::<NonZeroU16>().ok()?.get()),
     }
 }
 
