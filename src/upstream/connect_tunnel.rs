@@ -1,13 +1,11 @@
 //! A CONNECT tunnel through the outbound proxy (RFC 9110, section 9.3.6).
 
-use std::future::{Future, poll_fn};
-use std::{error::Error, pin::pin};
+use std::{error::Error, future::poll_fn, pin::pin};
 
 use http_body_util::Empty;
 use hyper::header::{HOST, PROXY_AUTHORIZATION};
 use hyper::{Request, Uri, body::Bytes, client::conn::http1};
 use hyper_util::client::{legacy::connect::HttpConnector, proxy::matcher::Intercept};
-use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
@@ -17,7 +15,7 @@ pub(super) async fn open_tunnel(
     mut http: HttpConnector,
     proxy: &Intercept,
     origin: &Uri,
-) -> Result<TokioIo<TcpStream>, Box<dyn Error>> {
+) -> Result<TcpStream, Box<dyn Error>> {
     let host = origin.host().unwrap_or_default();
     let authority = format!("{host}:{}", origin.port_u16().unwrap_or(443));
     let mut request = Request::connect(&authority).header(HOST, &authority);
@@ -36,7 +34,7 @@ pub(super) async fn open_tunnel(
     let status = response.await?.status();
     let parts = connection.into_parts();
     match status.is_success() {
-        true if parts.read_buf.is_empty() => Ok(parts.io),
+        true if parts.read_buf.is_empty() => Ok(parts.io.into_inner()),
         // In TLS, the client sends first.
         true => Err("the proxy sent unsolicited data".into()),
         false => Err(format!("the proxy responded with status {status}").into()),

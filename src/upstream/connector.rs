@@ -1,6 +1,6 @@
 //! Connects to the upstream: name resolution, TCP, CONNECT tunnel, TLS.
 
-use std::{error::Error, io, iter::successors, sync::Arc, time::Duration};
+use std::{error::Error, io, sync::Arc, time::Duration};
 
 use hyper::StatusCode;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -16,21 +16,6 @@ use crate::{error::ErrorReply, log, peer::PeerCheck};
 
 /// How long connecting may take: name resolution, TCP, the outbound proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long the addresses of a name may take to connect to, shared equally among those of one family. More
-/// than [`CONNECT_TIMEOUT`], so that always the latter elapses where no address replies.
-const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(11);
-
-/// How long sent data may stay unacknowledged before the kernel closes an upstream connection (tcp(7),
-/// `TCP_USER_TIMEOUT`). By default it retransmits for some 15 minutes.
-#[cfg(target_os = "linux")]
-const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long an upstream connection may be silent before the kernel probes the peer, how long between
-/// probes, and how many unanswered ones close the connection.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-const KEEPALIVE_PROBES: u32 = 4;
 
 const CONNECT_FAILED: &str = "the upstream could not be reached (connect)";
 
@@ -95,14 +80,13 @@ impl Connector {
         let mut http = self.http.clone();
         let origin = self.target.origin.clone();
         let tcp = match &self.proxy {
-            None => http.call(origin).await.map_err(connect_error)?,
+            None => http.call(origin).await.map_err(connect_error)?.into_inner(),
             Some(proxy) => {
                 let message = "the outbound proxy did not establish a CONNECT tunnel (proxy)";
                 let tunnel = open_tunnel(http, proxy, &origin).await;
                 tunnel.map_err(ErrorReply::unreachable(message))?
             }
-        }
-        .into_inner();
+        };
         if let Some(name) = self.target.tls_name.clone() {
             let stream = self.tls.connect(name, tcp).await;
             return Ok(Box::new(stream.map_err(tls_error)?));
@@ -129,42 +113,42 @@ impl Connector {
 fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
     http.enforce_http(false);
     http.set_nodelay(true);
-    http.set_connect_timeout(Some(ADDRESSES_TIMEOUT));
-    http.set_keepalive(Some(KEEPALIVE_AFTER));
-    http.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
-    http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
+    // A name's addresses of one family share this equally. It is longer than CONNECT_TIMEOUT, so that always the
+    // latter elapses where no address replies.
+    http.set_connect_timeout(Some(CONNECT_TIMEOUT + Duration::from_secs(1)));
+    // The kernel probes the peer of a connection that has been silent for a minute, and closes the connection
+    // after four unanswered probes.
+    http.set_keepalive(Some(Duration::from_secs(60)));
+    http.set_keepalive_interval(Some(Duration::from_secs(15)));
+    http.set_keepalive_retries(Some(4));
+    // It also closes one with data unacknowledged for so long. By default it retransmits for some 15 minutes.
     #[cfg(target_os = "linux")]
-    http.set_tcp_user_timeout(Some(UNACKNOWLEDGED_TIMEOUT));
+    http.set_tcp_user_timeout(Some(Duration::from_secs(30)));
     http
 }
 
 /// A failed name resolution or TCP connection. The former has no error number, since getaddrinfo(3) has codes
 /// of its own; the latter has one, unless an address did not reply in its share of the time.
-fn connect_error<E: Error + 'static>(error: E) -> ErrorReply {
-    let mut causes = successors(Some(&error as &(dyn Error + 'static)), |&error| {
-        error.source()
-    });
-    let cause = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
+fn connect_error(error: impl Error + 'static) -> ErrorReply {
+    let cause: Option<&io::Error> = error.source().and_then(<dyn Error>::downcast_ref);
     let cause = cause.filter(|cause| cause.kind() != io::ErrorKind::TimedOut);
-    ErrorReply::unreachable(match cause.map(io::Error::raw_os_error) {
+    let message = match cause.map(io::Error::raw_os_error) {
         Some(None) => "the upstream's name could not be resolved (DNS)",
         _ => CONNECT_FAILED,
-    })(error)
+    };
+    ErrorReply::unreachable(message)(error)
 }
 
 /// A failed TLS handshake. If the issuer is unknown, the log says how to trust it.
 fn tls_error(error: io::Error) -> ErrorReply {
     let unknown_issuer = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
-    let advice = match cause == Some(&unknown_issuer) {
-        true => {
-            "; to trust a company's CA, name its PEM file in --upstream-ca, CODEX_CA_CERTIFICATE or SSL_CERT_FILE"
-        }
-        false => "",
-    };
+    let is_unknown_issuer = cause == Some(&unknown_issuer);
     let message = "no secure connection to the upstream could be established (TLS)";
     let mut reply = ErrorReply::unreachable(message)(error);
-    reply.detail += advice;
+    if is_unknown_issuer {
+        reply.detail += "; to trust a company's CA, name its PEM file in --upstream-ca, CODEX_CA_CERTIFICATE or SSL_CERT_FILE";
+    }
     reply
 }
 
