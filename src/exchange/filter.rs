@@ -7,7 +7,7 @@ use hyper::{http::request::Parts, http::uri::Authority};
 use super::{connection_state::Peer, headers::named_by_connection};
 use crate::error::ErrorReply;
 use crate::upstream::target::{is_loopback, usable_port};
-use crate::upstream::{Kind, is_chunked, is_websocket};
+use crate::upstream::{Kind, is_only};
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
@@ -97,7 +97,7 @@ pub(super) fn decide(
         _ => return Err(&HOST_COUNT),
     }
     // The header is not forwarded, so any other coding would make the body unreadable.
-    if is_chunked(headers).is_none() {
+    if is_only(headers, header::TRANSFER_ENCODING, "chunked") == Some(false) {
         return Err(&UNSUPPORTED_TRANSFER_ENCODING);
     }
     // Some readers parse it as a signed number.
@@ -131,7 +131,7 @@ fn is_handshake(request: &Parts) -> bool {
     request.version == Version::HTTP_11
         && !headers.contains_key(header::CONTENT_LENGTH)
         && !headers.contains_key(header::TRANSFER_ENCODING)
-        && is_websocket(headers)
+        && is_only(headers, header::UPGRADE, "websocket") == Some(true)
         && connection.any(|value| named_by_connection(value).any(|name| name == header::UPGRADE))
 }
 

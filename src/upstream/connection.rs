@@ -27,7 +27,7 @@ pub(crate) type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = BodyError>>
 
 /// The sending end of a connection. Dropping it closes the connection.
 pub(crate) struct UpstreamConnection {
-    sender: SendRequest<RequestBody>,
+    http: SendRequest<RequestBody>,
     /// Returns the stream when HTTP has ended on it, and what has been read behind the last response. A set,
     /// since dropping it aborts the task.
     task: JoinSet<(Stream, Bytes)>,
@@ -42,7 +42,7 @@ impl UpstreamConnection {
             prefix: Rc::clone(prefix),
             state: Rc::clone(&state),
         };
-        let (sender, mut connection) = Builder::new()
+        let (http, mut connection) = Builder::new()
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD_BYTES)
             .max_buf_size(MAX_HEAD_BYTES)
@@ -57,11 +57,7 @@ impl UpstreamConnection {
             let parts = connection.into_parts();
             (parts.io.into_inner().stream, parts.read_buf)
         });
-        Ok(Self {
-            sender,
-            task,
-            state,
-        })
+        Ok(Self { http, task, state })
     }
 
     /// Sends a request and waits for the head of its response. An error contains the request if none of
@@ -75,7 +71,7 @@ impl UpstreamConnection {
         self.state.interim.store(0, Relaxed);
         let interim = Arc::clone(&self.state.interim);
         on_informational(&mut request, move |_| _ = interim.fetch_add(1, Relaxed));
-        self.sender.try_send_request(request).await
+        self.http.try_send_request(request).await
     }
 
     /// Whether the last request had more than [`MAX_INTERIM`] interim responses.
@@ -86,7 +82,7 @@ impl UpstreamConnection {
     /// Whether another request can be sent: not if the upstream has closed the connection or sent
     /// unsolicited bytes, and not while a part of a request that was responded to early is unsent.
     pub(super) fn is_idle(&self) -> bool {
-        self.sender.is_ready() && self.state.is_flushed.get()
+        self.http.is_ready() && self.state.is_flushed.get()
     }
 
     /// After a 101, the stream and what has been read from it behind the head.

@@ -10,10 +10,11 @@ mod pool;
 pub(crate) mod target;
 pub(crate) mod trusted_roots;
 
-use std::{future::poll_fn, pin::Pin, rc::Rc, task::Poll};
+use std::{iter::from_fn, rc::Rc};
 
+use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
-use hyper::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
+use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderName, TRANSFER_ENCODING, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::task::yield_now;
 
@@ -51,10 +52,10 @@ pub(crate) struct Upstream {
 
 impl Upstream {
     pub(crate) fn new(connector: Connector, credential: Credential) -> Self {
-        let origin_form = connector.target.origin_form.to_string();
+        let prefix = RequestPrefix::new(&connector.target.origin_form, credential);
         Self {
             connector,
-            prefix: Rc::new(RequestPrefix::new(&origin_form, credential)),
+            prefix: Rc::new(prefix),
             pool: Pool::new(),
         }
     }
@@ -81,8 +82,7 @@ impl Upstream {
         *request.uri_mut() = self.connector.target.origin_form.clone();
         *request.headers_mut() = headers;
         loop {
-            let mut pooled = std::iter::from_fn(|| self.pool.acquire());
-            let pooled = pooled.find(UpstreamConnection::is_idle);
+            let pooled = from_fn(|| self.pool.acquire()).find(|pooled| pooled.is_idle());
             let is_pooled = pooled.is_some();
             let mut connection = match pooled {
                 Some(connection) => connection,
@@ -95,12 +95,11 @@ impl Upstream {
                     }
                 },
             };
-            let outcome = connection.send(kind, request).await;
-            if connection.exceeds_interim() {
-                let message = "the upstream sent more than 32 interim responses (protocol)";
-                return Err(ErrorReply::bad_gateway(message));
-            }
-            match outcome {
+            match connection.send(kind, request).await {
+                _ if connection.exceeds_interim() => {
+                    let message = "the upstream sent more than 32 interim responses (protocol)";
+                    return Err(ErrorReply::bad_gateway(message));
+                }
                 Ok(mut response) => {
                     check_framing(kind, &mut response)?;
                     return Ok((connection, response));
@@ -129,42 +128,28 @@ pub(crate) async fn drain_available(mut body: impl Body + Unpin) {
     /// connection is polled next (`poll_read`), which is while this yields.
     const POLLS: usize = 2;
     for _ in 0..POLLS {
-        poll_fn(|cx| {
-            while let Poll::Ready(Some(Ok(_))) = Pin::new(&mut body).poll_frame(cx) {}
-            Poll::Ready(())
-        })
-        .await;
-        yield_now().await;
+        let read = async { while let Some(Ok(_)) = body.frame().await {} };
+        tokio::select! { biased; () = read => {} () = yield_now() => {} }
     }
 }
 
-/// Whether a message is chunked; `None` if it has another transfer coding, or more than one.
-pub(crate) fn is_chunked(headers: &HeaderMap) -> Option<bool> {
-    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => Some(false),
-        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Some(true),
-        _ => None,
-    }
-}
-
-/// Whether a message's only `Upgrade` is a WebSocket. The name is compared without case (RFC 6455,
-/// section 4.2.1).
-pub(crate) fn is_websocket(headers: &HeaderMap) -> bool {
-    let mut protocols = headers.get_all(UPGRADE).iter();
-    let first = protocols.next().map(|value| value.as_bytes());
-    first.is_some_and(|name| name.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
+/// Whether a message has this header once, with this value in whatever case; `None` if it has none.
+pub(crate) fn is_only(headers: &HeaderMap, name: HeaderName, value: &str) -> Option<bool> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next()?.as_bytes();
+    Some(first.eq_ignore_ascii_case(value.as_bytes()) && values.next().is_none())
 }
 
 /// Rejects a response whose framing is not forwarded as it is.
 fn check_framing(kind: Kind, response: &mut Response<Incoming>) -> Result<(), ErrorReply> {
     let is_http_11 = response.version() == Version::HTTP_11;
     let is_switch = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    let is_tunnel = kind == Kind::Handshake && is_http_11 && is_websocket(response.headers());
-    let message = match is_chunked(response.headers()) {
+    let is_websocket = is_only(response.headers(), UPGRADE, "websocket") == Some(true);
+    let is_tunnel = kind == Kind::Handshake && is_http_11 && is_websocket;
+    let message = match is_only(response.headers(), TRANSFER_ENCODING, "chunked") {
         _ if is_switch && is_tunnel => return Ok(()),
         _ if is_switch => "the upstream switched to a protocol that was not requested (protocol)",
-        Some(false) => return Ok(()),
+        None => return Ok(()),
         Some(true) if is_http_11 => {
             // Chunks take precedence over a length (RFC 9112, section 6.3).
             response.headers_mut().remove(CONTENT_LENGTH);
