@@ -19,8 +19,7 @@ pub(crate) fn trusted_roots(
             continue;
         };
         let advice = "name a file with one or more PEM certificates";
-        let unusable =
-            |error: &dyn Display| format!("{source} {}: {error}; {advice}", path.display());
+        let unusable = |why: &dyn Display| format!("{source} {}: {why}; {advice}", path.display());
         let certificates = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect);
         let certificates: Vec<_> = certificates.map_err(|error| unusable(&error))?;
         return match roots.add_parsable_certificates(certificates) {
