@@ -121,7 +121,8 @@ fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
     http.set_keepalive(Some(Duration::from_secs(60)));
     http.set_keepalive_interval(Some(Duration::from_secs(15)));
     http.set_keepalive_retries(Some(4));
-    // It also closes one with data unacknowledged for so long. By default it retransmits for some 15 minutes.
+    // It also closes one whose data stays unacknowledged for this long (tcp(7)). By default, it retransmits for
+    // some 15 minutes.
     #[cfg(target_os = "linux")]
     http.set_tcp_user_timeout(Some(Duration::from_secs(30)));
     http

@@ -83,12 +83,11 @@ impl Upstream {
         *request.headers_mut() = headers;
         loop {
             let pooled = from_fn(|| self.pool.acquire()).find(|pooled| pooled.is_idle());
-            let is_pooled = pooled.is_some();
-            let mut connection = match pooled {
-                Some(connection) => connection,
+            let (mut connection, is_pooled) = match pooled {
+                Some(connection) => (connection, true),
                 // Boxed, so that only requests that connect have its memory.
                 None => match Box::pin(self.connector.connect()).await {
-                    Ok(stream) => UpstreamConnection::new(stream, &self.prefix).await?,
+                    Ok(stream) => (UpstreamConnection::new(stream, &self.prefix).await?, false),
                     Err(reply) => {
                         drain_available(request.body_mut()).await;
                         return Err(reply);
@@ -133,7 +132,8 @@ pub(crate) async fn drain_available(mut body: impl Body + Unpin) {
     }
 }
 
-/// Whether a message has this header once, with this value in whatever case; `None` if it has none.
+/// Whether a message has this header once, with this value; `None` if it has none. Neither transfer codings nor
+/// protocols are told apart by case (RFC 9112, section 7, and RFC 6455, section 4.2.1).
 pub(crate) fn is_only(headers: &HeaderMap, name: HeaderName, value: &str) -> Option<bool> {
     let mut values = headers.get_all(name).iter();
     let first = values.next()?.as_bytes();

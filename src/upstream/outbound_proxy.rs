@@ -42,12 +42,11 @@ pub(crate) fn outbound_proxy(
 fn checked(name: &str, value: &str, proxy: Intercept) -> Result<Intercept, String> {
     let (before_host, _) = value.rsplit_once('@').unwrap_or_default();
     let (_, user_info) = before_host.split_once("://").unwrap_or(("", before_host));
-    let is_http = proxy.uri().scheme_str() == Some("http");
     let authority = proxy.uri().authority();
     let port = authority.and_then(|authority| usable_port(authority, 80));
     let problem = if user_info.contains(['@', '/', '?', '#']) {
         "has a reserved character in the user name or password: percent-encode it, '@' as %40"
-    } else if !is_http || port.is_none() {
+    } else if proxy.uri().scheme_str() != Some("http") || port.is_none() {
         "is not the URL of an http:// proxy: use one such as http://proxy.example:3128, or unset it"
     } else {
         return Ok(proxy);
@@ -67,8 +66,7 @@ fn no_proxy_entries(value: &str, port: u16) -> (Vec<&str>, Vec<&str>) {
         host == "*" || host.bytes().all(is_in_name) || is_network
     };
     let (mut usable, mut unusable) = (Vec::new(), Vec::new());
-    let entries = value.split([',', ' ']).map(str::trim);
-    for entry in entries.filter(|entry| !entry.is_empty()) {
+    for entry in value.split(',').flat_map(str::split_whitespace) {
         let bare = entry.trim_matches(['[', ']']);
         let (host, entry_port) = match bare.rsplit_once(':') {
             Some((host, port)) if !is_usable(bare) => (host.trim_matches(']'), port.parse().ok()),

@@ -37,7 +37,7 @@ impl<T> Pool<T> {
     pub(super) async fn evict_expired(&self) {
         loop {
             let oldest = self.0.borrow().front().map(|(_, since)| *since);
-            // If there is none, the next will not expire before one that is released now.
+            // If the pool is empty, nothing in it will expire before a connection that is released now would.
             sleep_until(oldest.unwrap_or_else(Instant::now) + IDLE_TIMEOUT).await;
             let mut all = self.0.borrow_mut();
             all.retain(|(_, since)| since.elapsed() < IDLE_TIMEOUT);

@@ -73,8 +73,7 @@ pub(crate) fn usable_port(authority: &Authority, default: u16) -> Option<u16> {
 
 /// Whether `host` can only be this machine: `localhost` (RFC 6761, section 6.3) or a loopback address.
 pub(crate) fn is_loopback(host: &str) -> bool {
-    let is_address = |address: IpAddr| address.is_loopback();
-    host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(is_address)
+    host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
 #[cfg(test)]
