@@ -17,6 +17,21 @@ use crate::{error::ErrorReply, log, peer::PeerCheck};
 /// How long connecting may take: name resolution, TCP, the outbound proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long the addresses of a name may take to connect to, shared equally among those of one family. More
+/// than [`CONNECT_TIMEOUT`], so that always the latter elapses where no address replies.
+const ADDRESSES_TIMEOUT: Duration = Duration::from_secs(11);
+
+/// How long sent data may stay unacknowledged before the kernel closes an upstream connection (tcp(7),
+/// `TCP_USER_TIMEOUT`). By default it retransmits for some 15 minutes.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long an upstream connection may be silent before the kernel probes the peer, how long between
+/// probes, and how many unanswered ones close the connection.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
 const CONNECT_FAILED: &str = "the upstream could not be reached (connect)";
 
 /// A connection to the upstream, with TLS unless it is on loopback.
@@ -113,18 +128,12 @@ impl Connector {
 fn with_options<R>(mut http: HttpConnector<R>) -> HttpConnector<R> {
     http.enforce_http(false);
     http.set_nodelay(true);
-    // A name's addresses of one family share this equally. It is longer than CONNECT_TIMEOUT, so that always the
-    // latter elapses where no address replies.
-    http.set_connect_timeout(Some(CONNECT_TIMEOUT + Duration::from_secs(1)));
-    // The kernel probes the peer of a connection that has been silent for a minute, and closes the connection
-    // after four unanswered probes.
-    http.set_keepalive(Some(Duration::from_secs(60)));
-    http.set_keepalive_interval(Some(Duration::from_secs(15)));
-    http.set_keepalive_retries(Some(4));
-    // It also closes one whose data stays unacknowledged for this long (tcp(7)). By default, it retransmits for
-    // some 15 minutes.
+    http.set_connect_timeout(Some(ADDRESSES_TIMEOUT));
+    http.set_keepalive(Some(KEEPALIVE_AFTER));
+    http.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+    http.set_keepalive_retries(Some(KEEPALIVE_PROBES));
     #[cfg(target_os = "linux")]
-    http.set_tcp_user_timeout(Some(Duration::from_secs(30)));
+    http.set_tcp_user_timeout(Some(UNACKNOWLEDGED_TIMEOUT));
     http
 }
 
