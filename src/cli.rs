@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::error::{ContextKind, ErrorKind};
 
 /// Lets unprivileged users run Codex without holding the OpenAI API key.
 ///
@@ -29,7 +29,11 @@ pub struct Arguments {
     pub websocket: bool,
 
     /// Absolute URL that requests are forwarded to
-    #[arg(long, value_name = "URL", default_value = DEFAULT_URL)]
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = "https://api.openai.com/v1/responses"
+    )]
     pub upstream_url: String,
 
     /// PEM file of certificates to trust in addition to the built-in roots [default:
@@ -50,32 +54,23 @@ pub struct Arguments {
     pub dump_dir: Option<PathBuf>,
 }
 
-const DEFAULT_URL: &str = "https://api.openai.com/v1/responses";
-
 /// A message about an invalid command line.
 ///
 /// clap's own repeats what was given, which may be a key that someone took for an argument.
 pub fn explain(error: &clap::Error) -> String {
-    let context = |kind| match error.get(kind) {
-        Some(ContextValue::String(text)) => Some(text.as_str()),
-        Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
-        _ => None,
-    };
     // For all kinds of errors except `UnknownArgument`, this is one of our flags.
-    let flag = context(ContextKind::InvalidArg).unwrap_or("the command line");
-    let problem = match (error.kind(), context(ContextKind::SuggestedArg)) {
-        (ErrorKind::ArgumentConflict, _) => "is given more than once",
-        (ErrorKind::TooManyValues, _) => "takes no value",
-        (ErrorKind::InvalidValue | ErrorKind::ValueValidation | ErrorKind::NoEquals, _) => {
-            "has no value or an invalid one"
+    match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, _) => match error.get(ContextKind::SuggestedArg) {
+            Some(suggestion) => format!("unknown flag: did you mean {suggestion}?"),
+            None => "unknown flag or argument; the key is read from stdin, never from an argument: see --help".into(),
+        },
+        (ErrorKind::ArgumentConflict, Some(flag)) => {
+            format!("{flag} is given more than once: see --help")
         }
-        (ErrorKind::UnknownArgument, Some(suggestion)) => {
-            return format!("unknown flag: did you mean {suggestion}?");
+        (ErrorKind::TooManyValues, Some(flag)) => format!("{flag} takes no value: see --help"),
+        (ErrorKind::InvalidValue | ErrorKind::ValueValidation, Some(flag)) => {
+            format!("{flag} has no value or an invalid one: see --help")
         }
-        (ErrorKind::UnknownArgument, None) => {
-            return "unknown flag or argument; the key is read from stdin, never from an argument: see --help".into();
-        }
-        _ => return "the command line is invalid: see --help".into(),
-    };
-    format!("{flag} {problem}: see --help")
+        _ => "the command line is invalid: see --help".into(),
+    }
 }

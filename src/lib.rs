@@ -50,25 +50,17 @@ const BAD_USAGE: u8 = 2;
 /// Status 0 after a graceful shutdown, 2 for an invalid command line and 1 for any other error, with one
 /// line on stderr.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    if let Err(message) = hardening::harden() {
-        return fail(&message, 1);
-    }
-    let arguments = match Arguments::try_parse_from(arguments) {
-        Ok(arguments) => arguments,
-        Err(error) if !error.use_stderr() => {
-            // Help or version. A reader that is gone is no reason to fail.
-            let _ = error.print();
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => return fail(&cli::explain(&error), BAD_USAGE),
+    let parsed = hardening::harden().map(|()| Arguments::try_parse_from(arguments));
+    let (status, message) = match parsed {
+        Ok(Ok(arguments)) => match run(&arguments) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(message) => (1, message),
+        },
+        // Help or version. A reader that is gone is no reason to fail.
+        Ok(Err(help)) if !help.use_stderr() => help.exit(),
+        Ok(Err(error)) => (BAD_USAGE, cli::explain(&error)),
+        Err(message) => (1, message),
     };
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => fail(&message, 1),
-    }
-}
-
-fn fail(message: &str, status: u8) -> ExitCode {
     log!("codex-responses-api-proxy: {message}");
     ExitCode::from(status)
 }
