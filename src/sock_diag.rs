@@ -5,13 +5,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::sys::socket::{self, MsgFlags, SockFlag, SockProtocol, SockType};
-use nix::{errno::Errno, libc};
+use nix::errno::Errno;
+use nix::libc::{AF_INET, AF_INET6, IPPROTO_TCP, NLM_F_REQUEST};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
 use tokio::net::TcpStream;
 
-/// Sizes of a netlink header and a query, in bytes (linux/netlink.h, linux/inet_diag.h).
+/// The size of a netlink header in bytes (linux/netlink.h).
 const HEADER: usize = 16;
-const QUERY: usize = HEADER + 56;
 
 /// Offsets of `idiag_wqueue`, `idiag_uid` and `idiag_inode` in a reply (linux/inet_diag.h).
 const NUMBERS: [usize; 3] = [HEADER + 60, HEADER + 64, HEADER + 68];
@@ -38,17 +38,13 @@ impl SockDiag {
     /// Opens the socket and tries it on `listener`, a listening socket of ours. An error says what is
     /// missing: a kernel module or permission to use netlink.
     pub(crate) fn new(listener: SocketAddr) -> Result<Self, String> {
-        let family = socket::AddressFamily::Netlink;
         let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
-        let open = socket::socket(family, SockType::Datagram, flags, protocol);
-        let kernel = Self(open.map_err(|error| {
-            format!("no netlink socket: {error}; allow the address family AF_NETLINK")
-        })?);
+        let socket = socket::socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol);
+        let denied = |error| format!("no netlink socket: {error}; allow the family AF_NETLINK");
+        let kernel = Self(socket.map_err(denied)?);
+        let no_modules = "load the kernel's modules inet_diag and tcp_diag (modprobe tcp_diag)";
         match kernel.listener_uid(listener) {
-            Ok(Some(_)) => Ok(kernel),
-            Ok(None) => {
-                Err("load the kernel's modules inet_diag and tcp_diag (modprobe tcp_diag)".into())
-            }
+            Ok(found) => found.map(|_| kernel).ok_or(no_modules.into()),
             Err(error) => Err(format!("the kernel's sock_diag fails: {error}")),
         }
     }
@@ -101,40 +97,34 @@ impl SockDiag {
 /// A netlink header and a `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60:
 /// ports and addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
 fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
-    let family = match local {
-        SocketAddr::V4(_) => libc::AF_INET,
-        SocketAddr::V6(_) => libc::AF_INET6,
+    let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
+    let address = |end: SocketAddr| match end.ip() {
+        IpAddr::V4(address) => (u128::from(address.to_bits()) << 96).to_be_bytes(),
+        IpAddr::V6(address) => address.octets(),
     };
-    let address = |address: IpAddr| match address {
-        IpAddr::V4(address) => [&address.octets()[..], &[0; 12]].concat(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    };
-    let parts: [&[u8]; 10] = [
-        &(QUERY as u32).to_ne_bytes(),
+    [
+        // The size of both.
+        &(HEADER as u32 + 56).to_ne_bytes()[..],
         &BY_FAMILY.to_ne_bytes(),
-        &(libc::NLM_F_REQUEST as u16).to_ne_bytes(),
+        &(NLM_F_REQUEST as u16).to_ne_bytes(),
         &[0; 8],
-        &[family as u8, libc::IPPROTO_TCP as u8, 0, 0],
+        &[family as u8, IPPROTO_TCP as u8, 0, 0],
         // All states: the caller looks at the reply's.
         &u32::MAX.to_ne_bytes(),
         &[local.port().to_be_bytes(), remote.port().to_be_bytes()].concat(),
-        &[address(local.ip()), address(remote.ip())].concat(),
+        &[address(local), address(remote)].concat(),
         &[0; 4],
         // No cookie: any socket of that identity.
         &[0xff; 8],
-    ];
-    parts.concat()
+    ]
+    .concat()
 }
 
 /// Decodes a `struct inet_diag_msg`, or the error in place of it.
 fn decode_reply(reply: &[u8]) -> io::Result<Option<Report>> {
-    let word = |at: usize| {
-        let bytes = reply.get(at..).and_then(<[u8]>::first_chunk);
-        bytes.copied().map(u32::from_ne_bytes)
-    };
-    let kind = reply.get(4..).and_then(<[u8]>::first_chunk);
-    let kind = kind.copied().map(u16::from_ne_bytes);
-    match (kind, word(HEADER), NUMBERS.map(word)) {
+    let half = |at: usize| Some(u16::from_ne_bytes(*reply.get(at..)?.first_chunk()?));
+    let word = |at: usize| Some(u32::from_ne_bytes(*reply.get(at..)?.first_chunk()?));
+    match (half(4), word(HEADER), NUMBERS.map(word)) {
         (Some(BY_FAMILY), _, [Some(bytes), Some(uid), Some(inode)]) => {
             Ok(Some((reply[HEADER + 1], bytes, uid, inode)))
         }
