@@ -11,9 +11,7 @@ use crate::key::environment;
 /// is one thread, and it does not protect what comes before it. On an error, which names the step that
 /// the system refused, the program must exit.
 pub(crate) fn harden() -> Result<(), String> {
-    let refused = |step: &'static str| {
-        move |error| format!("cannot {step}, so the key would not be safe here: {error}")
-    };
+    let refused = |step| move |error| format!("cannot {step}, so the key is unsafe here: {error}");
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(refused("forbid core dumps"))?;
     // Makes `/proc/PID` root's own and ptrace(2) by the same user impossible.
     #[cfg(target_os = "linux")]
