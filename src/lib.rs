@@ -37,12 +37,7 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
 
-use crate::cli::Arguments;
-use crate::key::Credential;
-use crate::server::Server;
-
-/// The status for an invalid command line, as with clap's own.
-const BAD_USAGE: u8 = 2;
+use crate::{cli::Arguments, key::Credential, server::Server};
 
 /// The program: hardens the process, reads the command line (its first item is the program's name) and
 /// runs the proxy. To be called first of all in a process.
@@ -58,7 +53,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         },
         // Help or version. A reader that is gone is no reason to fail.
         Ok(Err(help)) if !help.use_stderr() => help.exit(),
-        Ok(Err(error)) => (BAD_USAGE, cli::explain(&error)),
+        // As with clap's own messages.
+        Ok(Err(error)) => (2, cli::explain(&error)),
         Err(message) => (1, message),
     };
     log!("codex-responses-api-proxy: {message}");
