@@ -28,16 +28,11 @@ macro_rules! log {
     };
 }
 
-/// Lets this thread's lines wait for [`flush`], to be called before it sleeps: one write for all lines of a
-/// turn of the event loop costs less than one for each.
-pub(crate) fn start_buffering() {
-    BUFFER.set(Some(Vec::with_capacity(MAX_WRITE)));
-}
-
-/// Writes this thread's lines, and from now on each line at once.
-pub(crate) fn stop_buffering() {
+/// Lets this thread's lines wait for [`flush`], to be called before it sleeps, or no longer: one write for
+/// all lines of a turn of the event loop costs less than one for each.
+pub(crate) fn set_buffering(is_buffering: bool) {
     flush();
-    BUFFER.set(None);
+    BUFFER.set(is_buffering.then(|| Vec::with_capacity(MAX_WRITE)));
 }
 
 /// Writes this thread's lines.

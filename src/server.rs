@@ -91,7 +91,7 @@ impl Server {
             log!("the key was also in the variable {name}: start the proxy with `env -u {name}`");
         }
         let max_connections = raise_fd_limit();
-        log::start_buffering();
+        log::set_buffering(true);
         let outcome = self.runtime.block_on(async {
             let shutdown = Shutdown::default();
             let signals = shutdown.trigger_on_signals();
@@ -120,7 +120,7 @@ impl Server {
             log!("stopped");
             Ok(())
         });
-        log::stop_buffering();
+        log::set_buffering(false);
         // Nobody waits for a name that is still being looked up.
         self.runtime.shutdown_background();
         outcome
