@@ -23,25 +23,18 @@ pub(crate) struct PeerCheck {
 }
 
 impl PeerCheck {
-    /// The check for the values of `flag`: a name, a uid, or `@` and a group's name. `None` (everyone
-    /// allowed) without a value. `listener` is a listening socket of ours to try the kernel with.
-    pub(crate) fn new(
-        flag: &str,
-        values: &[String],
-        listener: SocketAddr,
-    ) -> Result<Option<Self>, String> {
+    /// The check for the values of `flag`: a name, a uid, or `@` and a group's name. `listener` is a
+    /// listening socket of ours to try the kernel with.
+    pub(crate) fn new(flag: &str, values: &[String], listener: SocketAddr) -> Result<Self, String> {
         let (uids, groups) = parse_allow_list(flag, values)?;
-        if values.is_empty() {
-            return Ok(None);
-        }
         let kernel = SockDiag::new(listener)
             .map_err(|error| format!("{flag} needs the kernel to identify users: {error}"))?;
-        Ok(Some(Self {
+        Ok(Self {
             uids,
             groups,
             kernel,
             members: Mutex::default(),
-        }))
+        })
     }
 
     /// The peer's uid, where the kernel knows it for certain, and whether that user is allowed.
@@ -57,6 +50,7 @@ impl PeerCheck {
         (uid, is_allowed)
     }
 
+    /// Whether the user is in one of the groups.
     async fn is_member(&self, uid: u32) -> bool {
         if self.groups.is_empty() {
             return false;
@@ -67,7 +61,7 @@ impl PeerCheck {
             return *is_member;
         }
         let mut groups = self.groups.clone().into_iter();
-        let lookup = move || groups.any(|group| is_group_member(uid, &group).unwrap_or(false));
+        let lookup = move || groups.any(|group| is_group_member(uid, &group) == Some(true));
         // On a thread of its own, since it may take long.
         let is_member = tokio::task::spawn_blocking(lookup).await.unwrap_or(false);
         members.insert(uid, (is_member, Instant::now()));
@@ -94,17 +88,17 @@ fn parse_allow_list(flag: &str, values: &[String]) -> Result<(Vec<u32>, Vec<Stri
     Ok((uids, groups))
 }
 
-/// Whether the user is in the group, be it the user's primary group or another.
-fn is_group_member(uid: u32, group: &str) -> nix::Result<bool> {
-    let user = User::from_uid(Uid::from_raw(uid))?;
-    let (Some(user), Some(group)) = (user, Group::from_name(group)?) else {
-        return Ok(false);
-    };
+/// Whether the user is in the group, be it the user's primary group or another; `None` if there is no such
+/// user or group, or they can't be looked up.
+fn is_group_member(uid: u32, group: &str) -> Option<bool> {
+    let user = User::from_uid(Uid::from_raw(uid)).ok()??;
+    let group = Group::from_name(group).ok()??;
     #[cfg(target_os = "linux")]
-    if let Ok(name) = std::ffi::CString::new(user.name) {
-        return Ok(nix::unistd::getgrouplist(&name, user.gid)?.contains(&group.gid));
-    }
-    Ok(user.gid == group.gid)
+    let gids =
+        nix::unistd::getgrouplist(&std::ffi::CString::new(user.name).ok()?, user.gid).ok()?;
+    #[cfg(not(target_os = "linux"))]
+    let gids = [user.gid];
+    Some(gids.contains(&group.gid))
 }
 
 #[cfg(test)]
@@ -116,8 +110,8 @@ mod tests {
         let values = ["root", "12345", "@root"].map(String::from);
         let expected = (vec![0, 12345], vec!["root".into()]);
         assert_eq!(parse_allow_list("--allow-user", &values), Ok(expected));
-        assert_eq!(is_group_member(0, "root"), Ok(true));
-        assert_eq!(is_group_member(12345, "root"), Ok(false));
+        assert_eq!(is_group_member(0, "root"), Some(true));
+        assert_eq!(is_group_member(12345, "root"), None);
     }
 
     #[test]

@@ -12,12 +12,9 @@ use crate::cli::Arguments;
 use crate::client::listener::{self, raise_fd_limit};
 use crate::exchange::{Allowed, Handler, dump::Dumper};
 use crate::key::{Credential, KeyRule};
-use crate::log;
-use crate::peer::PeerCheck;
-use crate::server_info::ServerInfo;
-use crate::shutdown::Shutdown;
 use crate::upstream::outbound_proxy::outbound_proxy;
 use crate::upstream::{Connector, Upstream, target::Target, trusted_roots::trusted_roots};
+use crate::{log, peer::PeerCheck, server_info::ServerInfo, shutdown::Shutdown};
 
 /// The most threads that look up names and groups and write dumps.
 const MAX_BLOCKING_THREADS: usize = 16;
@@ -25,7 +22,7 @@ const MAX_BLOCKING_THREADS: usize = 16;
 /// A proxy that lacks only the key.
 pub(crate) struct Server {
     connector: Connector,
-    listener: std::net::TcpListener,
+    listener: TcpListener,
     address: SocketAddr,
     peer_check: Option<PeerCheck>,
     allowed: Allowed,
@@ -42,11 +39,18 @@ impl Server {
         let roots = trusted_roots(arguments.upstream_ca.as_deref(), |name| var_os(name))?;
         let mut connector = Connector::new(target, proxy, roots);
         let listener = listener::open(arguments.port)?;
+        let unusable = |error: io::Error| format!("cannot use the listening socket: {error}");
         let address = listener.local_addr().map_err(unusable)?;
         listener.set_nonblocking(true).map_err(unusable)?;
-        let peer_check = PeerCheck::new("--allow-user", &arguments.allow_user, address)?;
+        let users = &arguments.allow_user;
+        let peer_check = || PeerCheck::new("--allow-user", users, address);
+        let peer_check = (!users.is_empty()).then(peer_check).transpose()?;
         let owner = arguments.upstream_user.as_ref();
-        connector.owner = owner_check(&connector.target, owner, address)?;
+        if connector.target.tls_name.is_none() {
+            connector.owner = owner_check(owner, address)?;
+        } else if owner.is_some() {
+            return Err("--upstream-user is for plain http:// upstreams only: leave it out".into());
+        }
         let dumper = arguments.dump_dir.as_deref().map(Dumper::new).transpose()?;
         let allowed = Allowed {
             http_shutdown: arguments.http_shutdown,
@@ -63,9 +67,10 @@ impl Server {
             .on_thread_park(log::flush)
             .build_local(LocalOptions::default())
             .map_err(|error| format!("cannot start the event loop: {error}"))?;
+        let listener = runtime.block_on(async { TcpListener::from_std(listener) });
         Ok(Self {
             connector,
-            listener,
+            listener: listener.map_err(unusable)?,
             address,
             peer_check,
             allowed,
@@ -77,8 +82,7 @@ impl Server {
 
     /// The keys that the upstream's provider issues.
     pub(crate) fn key_rule(&self) -> KeyRule {
-        let tls_name = &self.connector.target.tls_name;
-        match tls_name.as_ref().map(|name| name.to_str()).as_deref() {
+        match self.connector.target.origin.host() {
             Some("api.openai.com") => KeyRule::OPENAI,
             _ => KeyRule::BEARER_TOKEN,
         }
@@ -90,19 +94,14 @@ impl Server {
             let name = name.display();
             log!("the key was also in the variable {name}: start the proxy with `env -u {name}`");
         }
-        let max_connections = raise_fd_limit();
         log::set_buffering(true);
         let outcome = self.runtime.block_on(async {
             let shutdown = Shutdown::default();
-            let signals = shutdown.trigger_on_signals();
-            signals.map_err(|error| format!("cannot handle signals: {error}"))?;
-            let listener = TcpListener::from_std(self.listener).map_err(unusable)?;
+            shutdown.trigger_on_signals()?;
             let upstream = Rc::new(Upstream::new(self.connector, credential));
             spawn_local(Rc::clone(&upstream).maintain());
-            if let Some(mut file) = self.server_info {
-                file.publish(self.address.port())?;
-                shutdown.remove_at_start(file);
-            }
+            let file = self.server_info.map(|file| file.publish(self.address));
+            shutdown.server_info.set(file.transpose()?);
             #[cfg(target_os = "linux")]
             crate::privileges::drop_root(self.allowed.is_dumping)?;
             let handler = Rc::new(Handler {
@@ -113,7 +112,7 @@ impl Server {
             });
             log!("listening on http://{}", self.address);
             log::notify_systemd(&NotifyState::Ready);
-            listener::run(listener, self.peer_check, max_connections, &handler).await;
+            listener::run(self.listener, self.peer_check, raise_fd_limit(), &handler).await;
             if let Some(dumper) = &handler.dumper {
                 dumper.finish().await;
             }
@@ -127,28 +126,16 @@ impl Server {
     }
 }
 
-fn unusable(error: io::Error) -> String {
-    format!("cannot use the listening socket: {error}")
-}
-
 /// The check of a plain upstream's owner: root, the user who started the program, or `user`. Where the
 /// kernel can't tell, there is none, and one line in the log says so.
-fn owner_check(
-    target: &Target,
-    user: Option<&String>,
-    address: SocketAddr,
-) -> Result<Option<PeerCheck>, String> {
-    if target.tls_name.is_some() {
-        let unused = "--upstream-user is for plain http:// upstreams only: leave it out";
-        return user.map_or(Ok(None), |_| Err(unused.into()));
-    }
+fn owner_check(user: Option<&String>, listener: SocketAddr) -> Result<Option<PeerCheck>, String> {
     let mut trusted = vec!["0".into(), geteuid().to_string()];
     trusted.extend(user.cloned());
-    match PeerCheck::new("--upstream-user", &trusted, address) {
+    match PeerCheck::new("--upstream-user", &trusted, listener) {
         Err(error) if user.is_none() => {
             log!("the upstream's owner is not checked: {error}");
             Ok(None)
         }
-        check => check,
+        check => check.map(Some),
     }
 }

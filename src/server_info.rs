@@ -3,13 +3,11 @@
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
-
-/// Everyone may read the file, less what the umask takes away: it holds no secret.
-const MODE: u32 = 0o644;
 
 /// The file. On drop it is removed, or emptied where it cannot be, if its content is still ours.
 pub(crate) struct ServerInfo {
@@ -29,7 +27,7 @@ impl ServerInfo {
     /// An error is a message with the path and the reason: it exists and is not a regular file, such as
     /// a device, or nothing can be written there. Root must not turn `/dev/null` into a file.
     pub(crate) fn prepare(path: &Path) -> Result<Self, String> {
-        create_temp(path).map_err(|error| unwritable(path, &error))
+        create(path).map_err(|error| unwritable(path, &error))
     }
 
     /// Writes `{"port":…,"pid":…}` and a newline, and renames the file into place: nobody reads half of
@@ -37,10 +35,11 @@ impl ServerInfo {
     ///
     /// Where the rename fails (a directory without write permission, a file mounted into a container),
     /// the existing file is written in place.
-    pub(crate) fn publish(&mut self, port: u16) -> Result<(), String> {
-        let pid = std::process::id();
+    pub(crate) fn publish(mut self, address: SocketAddr) -> Result<Self, String> {
+        let (port, pid) = (address.port(), std::process::id());
         self.content = format!("{{\"port\":{port},\"pid\":{pid}}}\n");
-        self.write().map_err(|error| unwritable(&self.path, &error))
+        let written = self.write().map_err(|error| unwritable(&self.path, &error));
+        written.map(|()| self)
     }
 
     fn write(&mut self) -> io::Result<()> {
@@ -51,7 +50,7 @@ impl ServerInfo {
         };
         fs::rename(&temp_path, &self.path).or_else(|error| {
             let _ = fs::remove_file(temp_path);
-            self.file = open_existing(&self.path).map_err(|_| error)?;
+            self.file = open_existing(&self.path).ok_or(error)?;
             self.write()
         })
     }
@@ -59,9 +58,7 @@ impl ServerInfo {
 
 impl Drop for ServerInfo {
     fn drop(&mut self) {
-        if let Some(temp_path) = &self.temp_path {
-            let _ = fs::remove_file(temp_path);
-        }
+        let _ = self.temp_path.as_ref().map(fs::remove_file);
         // One byte more, to notice what others have appended.
         let mut content = vec![0; self.content.len() + 1];
         let length = self.file.read_at(&mut content, 0).unwrap_or(0);
@@ -80,29 +77,26 @@ fn unwritable(path: &Path, error: &io::Error) -> String {
     format!("cannot write --server-info {}: {error}", path.display())
 }
 
-fn create_temp(path: &Path) -> io::Result<ServerInfo> {
+fn create(path: &Path) -> io::Result<ServerInfo> {
     let path = std::path::absolute(path)?;
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::other("the path does not name a file"));
-    };
-    let mut ancestors = parent.ancestors();
-    let nearest = ancestors.find_map(|ancestor| ancestor.canonicalize().ok());
+    let parent = path.parent().unwrap_or(&path);
+    let nearest = parent.ancestors().find_map(|path| path.canonicalize().ok());
     if nearest.is_some_and(|directory| directory.starts_with("/dev")) {
         return Err(io::Error::other("refusing to write under /dev"));
     }
-    match fs::symlink_metadata(&path) {
-        Ok(existing) if !existing.is_file() && !existing.is_symlink() => {
-            return Err(io::Error::other("exists and is not a regular file"));
-        }
-        _ => fs::create_dir_all(parent)?,
+    fs::create_dir_all(parent)?;
+    let is_other = |existing: Metadata| !existing.is_file() && !existing.is_symlink();
+    if fs::symlink_metadata(&path).is_ok_and(is_other) {
+        return Err(io::Error::other("exists and is not a regular file"));
     }
     let random = RandomState::new().hash_one(std::process::id());
-    let temp_path = parent.join(format!(".{}.{random:016x}", name.to_string_lossy()));
+    let temp_path = path.with_file_name(format!(".codex-responses-api-proxy.{random:016x}"));
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true).mode(MODE);
+    // Everyone may read the file, less what the umask takes away: it holds no secret.
+    options.read(true).write(true).create_new(true).mode(0o644);
     let (temp_path, file) = match options.open(&temp_path) {
         Ok(file) => (Some(temp_path), file),
-        Err(error) => (None, open_existing(&path).map_err(|_| error)?),
+        Err(error) => (None, open_existing(&path).ok_or(error)?),
     };
     Ok(ServerInfo {
         path,
@@ -113,14 +107,11 @@ fn create_temp(path: &Path) -> io::Result<ServerInfo> {
 }
 
 /// Opens the file at `path` for writing, unless that would also write a file of another name.
-fn open_existing(path: &Path) -> io::Result<File> {
+fn open_existing(path: &Path) -> Option<File> {
     let mut options = OpenOptions::new();
     // Not blocked by a pipe that has replaced the file.
     options.custom_flags(O_NOFOLLOW | O_NONBLOCK);
-    let file = options.read(true).write(true).open(path)?;
-    let metadata = file.metadata()?;
-    match metadata.is_file() && metadata.nlink() == 1 {
-        true => Ok(file),
-        false => Err(io::ErrorKind::InvalidInput.into()),
-    }
+    let file = options.read(true).write(true).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    (metadata.is_file() && metadata.nlink() == 1).then_some(file)
 }

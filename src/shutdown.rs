@@ -1,6 +1,6 @@
 //! Graceful shutdown: one flag that every connection watches, and the signals that set it.
 
-use std::{cell::Cell, io, rc::Rc};
+use std::{cell::Cell, rc::Rc};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::{sync::watch, task::spawn_local};
@@ -11,18 +11,14 @@ use crate::server_info::ServerInfo;
 #[derive(Clone, Default)]
 pub(crate) struct Shutdown {
     is_triggered: watch::Sender<bool>,
-    server_info: Rc<Cell<Option<ServerInfo>>>,
+    /// Removed when shutdown starts: it names a port that refuses connections from then on.
+    pub(crate) server_info: Rc<Cell<Option<ServerInfo>>>,
 }
 
 impl Shutdown {
-    /// Removes this file when shutdown starts: it names a port that refuses connections from then on.
-    pub(crate) fn remove_at_start(&self, file: ServerInfo) {
-        self.server_info.set(Some(file));
-    }
-
     /// Starts shutdown; idempotent.
     pub(crate) fn trigger(&self) {
-        drop(self.server_info.take());
+        self.server_info.set(None);
         self.is_triggered.send_replace(true);
     }
 
@@ -38,12 +34,13 @@ impl Shutdown {
     }
 
     /// SIGTERM, SIGINT, SIGHUP and SIGQUIT start graceful shutdown; a second signal exits.
-    pub(crate) fn trigger_on_signals(&self) -> io::Result<()> {
+    pub(crate) fn trigger_on_signals(&self) -> Result<(), String> {
+        let failed = |error| format!("cannot handle signals: {error}");
         let kinds = [SignalKind::terminate(), SignalKind::interrupt()].into_iter();
         // nohup(1) and shells ignore these two for programs that outlive the terminal.
         let terminal = [SignalKind::hangup(), SignalKind::quit()].into_iter();
         for kind in kinds.chain(terminal.filter(|kind| !is_ignored(*kind))) {
-            let mut signals = signal(kind)?;
+            let mut signals = signal(kind).map_err(failed)?;
             let shutdown = self.clone();
             spawn_local(async move {
                 while signals.recv().await.is_some() {
