@@ -29,7 +29,6 @@ mod privileges;
 mod server;
 mod server_info;
 mod shutdown;
-#[cfg_attr(not(target_os = "linux"), path = "peer_unsupported.rs")]
 mod sock_diag;
 mod upstream;
 

@@ -1,13 +1,13 @@
 //! Queries the kernel for the owner of the other end of a loopback connection, through
-//! `NETLINK_SOCK_DIAG` (sock_diag(7)), as `ss -e` does.
+//! `NETLINK_SOCK_DIAG` (sock_diag(7)), as `ss -e` does. Only Linux has it.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::libc::{AF_INET, AF_INET6, IPPROTO_TCP, NLM_F_REQUEST};
-use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::libc::{AF_INET, AF_INET6, IPPROTO_TCP};
+use nix::sys::socket::{self, MsgFlags};
 use tokio::net::TcpStream;
 
 /// The size of a netlink header in bytes (linux/netlink.h).
@@ -16,8 +16,9 @@ const HEADER: usize = 16;
 /// Offsets of `idiag_wqueue`, `idiag_uid` and `idiag_inode` in a reply (linux/inet_diag.h).
 const NUMBERS: [usize; 3] = [HEADER + 60, HEADER + 64, HEADER + 68];
 
-/// `NLMSG_ERROR` (linux/netlink.h).
+/// `NLMSG_ERROR` and `NLM_F_REQUEST` (linux/netlink.h).
 const ERROR: u16 = 2;
+const REQUEST: u16 = 1;
 
 /// `SOCK_DIAG_BY_FAMILY` (linux/sock_diag.h).
 const BY_FAMILY: u16 = 20;
@@ -38,10 +39,7 @@ impl SockDiag {
     /// Opens the socket and tries it on `listener`, a listening socket of ours. An error says what is
     /// missing: a kernel module or permission to use netlink.
     pub(crate) fn new(listener: SocketAddr) -> Result<Self, String> {
-        let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
-        let socket = socket::socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol);
-        let denied = |error| format!("no netlink socket: {error}; allow the family AF_NETLINK");
-        let kernel = Self(socket.map_err(denied)?);
+        let kernel = Self(open()?);
         let no_modules = "load the kernel's modules inet_diag and tcp_diag (modprobe tcp_diag)";
         match kernel.listener_uid(listener) {
             Ok(found) => found.map(|_| kernel).ok_or(no_modules.into()),
@@ -94,6 +92,19 @@ impl SockDiag {
     }
 }
 
+#[cfg(target_os = "linux")]
+fn open() -> Result<OwnedFd, String> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType};
+    let (flags, protocol) = (SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
+    let socket = socket::socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol);
+    socket.map_err(|error| format!("no netlink socket: {error}; allow the family AF_NETLINK"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open() -> Result<OwnedFd, String> {
+    Err("only Linux reports the owner of a connection".into())
+}
+
 /// A netlink header and a `struct inet_diag_req_v2` for one TCP socket. Its identity is in bytes 24..60:
 /// ports and addresses in network byte order, IPv4 ones in the first four of sixteen bytes.
 fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
@@ -106,7 +117,7 @@ fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         // The size of both.
         &(HEADER as u32 + 56).to_ne_bytes()[..],
         &BY_FAMILY.to_ne_bytes(),
-        &(NLM_F_REQUEST as u16).to_ne_bytes(),
+        &REQUEST.to_ne_bytes(),
         &[0; 8],
         &[family as u8, IPPROTO_TCP as u8, 0, 0],
         // All states: the caller looks at the reply's.
