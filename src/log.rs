@@ -1,7 +1,7 @@
 //! Logging to stderr; never request content.
 
 use std::io::{Write, stderr};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::{borrow::Cow, cell::RefCell, error::Error, fmt, os::fd::AsFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,7 +14,7 @@ const MAX_WRITE: usize = 4096;
 const MAX_LINES: usize = MAX_WRITE - 64;
 
 /// How many lines stderr has not taken since the last that it took.
-static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     /// Lines that wait for [`flush`]; `None` where each line is written at once.
@@ -68,7 +68,7 @@ fn write(lines: &mut Vec<u8>) {
         return;
     };
     let count = lines.iter().filter(|&&byte| byte == b'\n').count();
-    let lost = LOST.load(Relaxed);
+    let lost = LOST.swap(0, Relaxed);
     if lost > 0 {
         let note = format!(" (after {lost} lines that stderr did not take)");
         lines.splice(first..first, note.into_bytes());
@@ -76,10 +76,8 @@ fn write(lines: &mut Vec<u8>) {
     let stderr = stderr();
     let mut state = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
     let is_ready = poll(&mut state, PollTimeout::ZERO).is_ok_and(|count| count > 0);
-    if is_ready && stderr.lock().write(lines).is_ok() {
-        LOST.fetch_sub(lost, Relaxed);
-    } else {
-        LOST.fetch_add(count as u64, Relaxed);
+    if !is_ready || stderr.lock().write(lines).is_err() {
+        LOST.fetch_add(lost + count, Relaxed);
     }
     lines.clear();
 }
