@@ -47,7 +47,7 @@ pub struct Arguments {
 
     /// Serve only this local user: name, UID or @GROUP (repeatable; Linux only)
     #[arg(long, value_name = "NAME|UID|@GROUP")]
-    pub allow_user: Vec<String>,
+    pub allow_user: Option<Vec<String>>,
 
     /// Directory for request and response dumps as JSON (contains prompts)
     #[arg(long, value_name = "DIR")]

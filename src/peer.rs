@@ -27,12 +27,11 @@ impl PeerCheck {
     /// listening socket of ours to try the kernel with.
     pub(crate) fn new(flag: &str, values: &[String], listener: SocketAddr) -> Result<Self, String> {
         let (uids, groups) = parse_allow_list(flag, values)?;
-        let kernel = SockDiag::new(listener)
-            .map_err(|error| format!("{flag} needs the kernel to identify users: {error}"))?;
+        let failed = |error| format!("{flag} needs the kernel to identify users: {error}");
         Ok(Self {
             uids,
             groups,
-            kernel,
+            kernel: SockDiag::new(listener).map_err(failed)?,
             members: Mutex::default(),
         })
     }
@@ -44,7 +43,8 @@ impl PeerCheck {
             None
         });
         let is_allowed = match uid {
-            Some(uid) => self.uids.contains(&uid) || self.is_member(uid).await,
+            Some(uid) if self.uids.contains(&uid) => true,
+            Some(uid) => !self.groups.is_empty() && self.is_member(uid).await,
             None => false,
         };
         (uid, is_allowed)
@@ -52,9 +52,6 @@ impl PeerCheck {
 
     /// Whether the user is in one of the groups.
     async fn is_member(&self, uid: u32) -> bool {
-        if self.groups.is_empty() {
-            return false;
-        }
         let mut members = self.members.lock().await;
         members.retain(|_, (_, since)| since.elapsed() < MEMBERSHIP_TTL);
         if let Some((is_member, _)) = members.get(&uid) {

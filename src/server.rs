@@ -42,9 +42,8 @@ impl Server {
         let unusable = |error: io::Error| format!("cannot use the listening socket: {error}");
         let address = listener.local_addr().map_err(unusable)?;
         listener.set_nonblocking(true).map_err(unusable)?;
-        let users = &arguments.allow_user;
-        let peer_check = || PeerCheck::new("--allow-user", users, address);
-        let peer_check = (!users.is_empty()).then(peer_check).transpose()?;
+        let check = |users: &[String]| PeerCheck::new("--allow-user", users, address);
+        let peer_check = arguments.allow_user.as_deref().map(check).transpose()?;
         let owner = arguments.upstream_user.as_ref();
         if connector.target.tls_name.is_none() {
             connector.owner = owner_check(owner, address)?;
@@ -100,7 +99,8 @@ impl Server {
             shutdown.trigger_on_signals()?;
             let upstream = Rc::new(Upstream::new(self.connector, credential));
             spawn_local(Rc::clone(&upstream).maintain());
-            let file = self.server_info.map(|file| file.publish(self.address));
+            let port = self.address.port();
+            let file = self.server_info.map(|file| file.publish(port));
             shutdown.server_info.set(file.transpose()?);
             #[cfg(target_os = "linux")]
             crate::privileges::drop_root(self.allowed.is_dumping)?;

@@ -3,7 +3,6 @@
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
-use std::net::SocketAddr;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -35,8 +34,8 @@ impl ServerInfo {
     ///
     /// Where the rename fails (a directory without write permission, a file mounted into a container),
     /// the existing file is written in place.
-    pub(crate) fn publish(mut self, address: SocketAddr) -> Result<Self, String> {
-        let (port, pid) = (address.port(), std::process::id());
+    pub(crate) fn publish(mut self, port: u16) -> Result<Self, String> {
+        let pid = std::process::id();
         self.content = format!("{{\"port\":{port},\"pid\":{pid}}}\n");
         let written = self.write().map_err(|error| unwritable(&self.path, &error));
         written.map(|()| self)
