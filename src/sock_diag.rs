@@ -17,11 +17,11 @@ const HEADER: usize = 16;
 const NUMBERS: [usize; 3] = [HEADER + 60, HEADER + 64, HEADER + 68];
 
 /// `NLMSG_ERROR` and `NLM_F_REQUEST` (linux/netlink.h).
-const ERROR: u16 = 2;
-const REQUEST: u16 = 1;
+const ERROR: &[u8] = &2_u16.to_ne_bytes();
+const REQUEST: &[u8] = &1_u16.to_ne_bytes();
 
 /// `SOCK_DIAG_BY_FAMILY` (linux/sock_diag.h).
-const BY_FAMILY: u16 = 20;
+const BY_FAMILY: &[u8] = &20_u16.to_ne_bytes();
 
 /// States of a TCP socket (linux/tcp_states.h).
 const ESTABLISHED: u8 = 1;
@@ -116,8 +116,8 @@ fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     [
         // The size of both.
         &(HEADER as u32 + 56).to_ne_bytes()[..],
-        &BY_FAMILY.to_ne_bytes(),
-        &REQUEST.to_ne_bytes(),
+        BY_FAMILY,
+        REQUEST,
         &[0; 8],
         &[family as u8, IPPROTO_TCP as u8, 0, 0],
         // All states: the caller looks at the reply's.
@@ -133,9 +133,8 @@ fn encode_query(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
 
 /// Decodes a `struct inet_diag_msg`, or the error in place of it.
 fn decode_reply(reply: &[u8]) -> io::Result<Option<Report>> {
-    let half = |at: usize| Some(u16::from_ne_bytes(*reply.get(at..)?.first_chunk()?));
     let word = |at: usize| Some(u32::from_ne_bytes(*reply.get(at..)?.first_chunk()?));
-    match (half(4), word(HEADER), NUMBERS.map(word)) {
+    match (reply.get(4..6), word(HEADER), NUMBERS.map(word)) {
         (Some(BY_FAMILY), _, [Some(bytes), Some(uid), Some(inode)]) => {
             Ok(Some((reply[HEADER + 1], bytes, uid, inode)))
         }
