@@ -64,9 +64,7 @@ pub fn explain(error: &clap::Error) -> String {
             Some(suggestion) => format!("unknown flag: did you mean {suggestion}?"),
             None => "unknown flag or argument; the key is read from stdin, never from an argument: see --help".into(),
         },
-        (ErrorKind::ArgumentConflict, Some(flag)) => {
-            format!("{flag} is given more than once: see --help")
-        }
+        (ErrorKind::ArgumentConflict, Some(flag)) => format!("{flag} is repeated: see --help"),
         (ErrorKind::TooManyValues, Some(flag)) => format!("{flag} takes no value: see --help"),
         (ErrorKind::InvalidValue | ErrorKind::ValueValidation, Some(flag)) => {
             format!("{flag} has no value or an invalid one: see --help")
