@@ -83,11 +83,11 @@ fn create(path: &Path) -> io::Result<ServerInfo> {
     if nearest.is_some_and(|directory| directory.starts_with("/dev")) {
         return Err(io::Error::other("refusing to write under /dev"));
     }
-    fs::create_dir_all(parent)?;
     let is_other = |existing: Metadata| !existing.is_file() && !existing.is_symlink();
-    if fs::symlink_metadata(&path).is_ok_and(is_other) {
-        return Err(io::Error::other("exists and is not a regular file"));
+    if path.file_name().is_none() || fs::symlink_metadata(&path).is_ok_and(is_other) {
+        return Err(io::Error::other("it does not name a regular file"));
     }
+    fs::create_dir_all(parent)?;
     let random = RandomState::new().hash_one(std::process::id());
     let temp_path = path.with_file_name(format!(".codex-responses-api-proxy.{random:016x}"));
     let mut options = OpenOptions::new();
