@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::log::with_sources;
 
 /// A status and a generic message for the client, and the detail for the log.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ErrorReply {
     pub(crate) status: StatusCode,
     /// A word for programs.
@@ -41,11 +41,9 @@ impl ErrorReply {
         Self::new(StatusCode::BAD_REQUEST, "malformed_request", message)
     }
 
-    /// No connection to the upstream, so nothing was sent.
-    pub(crate) fn unreachable<E: Into<Box<dyn Error>>>(
-        message: &'static str,
-    ) -> impl Fn(E) -> Self {
-        let reply = move || Self::new(StatusCode::BAD_GATEWAY, "upstream_unreachable", message);
+    /// No connection to the upstream, so nothing was sent: this step of connecting failed.
+    pub(crate) fn unreachable<E: Into<Box<dyn Error>>>(step: &'static str) -> impl Fn(E) -> Self {
+        let reply = move || Self::new(StatusCode::BAD_GATEWAY, "upstream_unreachable", step);
         move |error| reply().with_source(&*error.into())
     }
 
@@ -71,9 +69,8 @@ impl ErrorReply {
         response = response.header(CONTENT_TYPE, "application/json");
         if self.status == StatusCode::UPGRADE_REQUIRED {
             // Such a response must name the protocol to use (RFC 9110, section 15.5.22).
-            response = response
-                .header(UPGRADE, "HTTP/1.1")
-                .header(CONNECTION, "upgrade");
+            response = response.header(UPGRADE, "HTTP/1.1");
+            response = response.header(CONNECTION, "upgrade");
         }
         let body = json!({ "error": error }).to_string().into();
         response.body(body).expect("constants are valid headers")

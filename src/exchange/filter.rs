@@ -1,23 +1,16 @@
 //! Decides which requests are forwarded.
 
+use std::num::NonZeroU16;
+
 use hyper::header::{self, HeaderValue};
-use hyper::{Method, StatusCode, Version};
-use hyper::{http::request::Parts, http::uri::Authority};
+use hyper::{Method, StatusCode, Version, http::request::Parts};
 
 use super::{connection_state::Peer, headers::named_by_connection};
 use crate::error::ErrorReply;
-use crate::upstream::target::{is_loopback, usable_port};
-use crate::upstream::{Kind, is_only};
+use crate::upstream::{Kind, is_only, target::is_loopback};
 
 /// The one path that is forwarded.
 const PATH: &str = "/v1/responses";
-
-/// Starts shutdown, with `--http-shutdown`.
-const SHUTDOWN_PATH: &str = "/shutdown";
-
-/// Headers that only browsers send. A page's script can neither omit nor forge them (Fetch standard,
-/// forbidden request headers).
-const BROWSER_HEADERS: [&str; 2] = ["origin", "sec-fetch-site"];
 
 /// The response to denied users.
 pub(crate) static USER_NOT_ALLOWED: ErrorReply = ErrorReply::forbidden(
@@ -30,28 +23,13 @@ pub(crate) static TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
     "too_many_connections",
     "this user holds half of all connections, the most for one user: close some",
 );
-static BROWSER_REQUEST: ErrorReply = ErrorReply::forbidden(
-    "browser_not_allowed",
-    "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected",
-);
-static HOST_NOT_LOOPBACK: ErrorReply = ErrorReply::forbidden(
-    "host_not_allowed",
-    "the Host header must name this machine: localhost or a loopback address",
-);
-static HOST_COUNT: ErrorReply =
-    ErrorReply::bad_request("an HTTP/1.1 request must have exactly one Host header");
-static UNSUPPORTED_TRANSFER_ENCODING: ErrorReply =
-    ErrorReply::bad_request("unsupported Transfer-Encoding: only chunked is accepted");
-static LENGTH_TOO_LARGE: ErrorReply = ErrorReply::bad_request("the Content-Length is 2^63 or more");
-static NOT_FORWARDED: ErrorReply = ErrorReply::forbidden(
-    "not_allowed",
-    "this proxy forwards only POST /v1/responses without a query, and WebSocket handshakes on it if started with --websocket",
-);
-static NOT_DUMPED: ErrorReply = ErrorReply::new(
-    StatusCode::UPGRADE_REQUIRED,
-    "websocket_not_dumped",
-    "this proxy was started with --dump-dir and forwards no WebSocket handshakes: use POST /v1/responses",
-);
+const FROM_BROWSER: &str = "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected";
+const OTHER_HOST: &str = "the Host header must name this machine: localhost or a loopback address";
+const HOST_COUNT: &str = "an HTTP/1.1 request must have exactly one Host header";
+const TRANSFER_CODING: &str = "unsupported Transfer-Encoding: only chunked is accepted";
+const LENGTH_TOO_LARGE: &str = "the Content-Length is 2^63 or more";
+const NOT_FORWARDED: &str = "this proxy forwards only POST /v1/responses without a query, and WebSocket handshakes on it if started with --websocket";
+const NOT_DUMPED: &str = "this proxy was started with --dump-dir and forwards no WebSocket handshakes: use POST /v1/responses";
 
 /// The requests allowed in addition to `POST /v1/responses`.
 #[derive(Clone, Copy, Default)]
@@ -74,18 +52,15 @@ pub(super) enum Route {
 }
 
 /// Decides by the peer and the request's head alone.
-pub(super) fn decide(
-    request: &Parts,
-    peer: Peer,
-    allowed: Allowed,
-) -> Result<Route, &'static ErrorReply> {
+pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Route, ErrorReply> {
     let headers = &request.headers;
     if let Some(denial) = peer.denial {
-        return Err(denial);
+        return Err(denial.clone());
     }
-    let is_there = |name: &&str| headers.contains_key(*name);
-    if BROWSER_HEADERS.iter().any(is_there) {
-        return Err(&BROWSER_REQUEST);
+    // Only browsers send these headers. A page's script can neither omit nor forge them (Fetch standard,
+    // forbidden request headers).
+    if headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site") {
+        return Err(ErrorReply::forbidden("browser_not_allowed", FROM_BROWSER));
     }
     // A page whose own name was rebound to loopback sends that name. HTTP/1.1 requires exactly one
     // (RFC 9112, section 3.2); HTTP/1.0 has no such header.
@@ -93,33 +68,34 @@ pub(super) fn decide(
     match (hosts.next(), hosts.next()) {
         (None, _) if request.version == Version::HTTP_10 => {}
         (Some(host), None) if is_loopback_host(host) => {}
-        (Some(_), None) => return Err(&HOST_NOT_LOOPBACK),
-        _ => return Err(&HOST_COUNT),
+        (Some(_), None) => return Err(ErrorReply::forbidden("host_not_allowed", OTHER_HOST)),
+        _ => return Err(ErrorReply::bad_request(HOST_COUNT)),
     }
     // The header is not forwarded, so any other coding would make the body unreadable.
     if is_only(headers, header::TRANSFER_ENCODING, "chunked") == Some(false) {
-        return Err(&UNSUPPORTED_TRANSFER_ENCODING);
+        return Err(ErrorReply::bad_request(TRANSFER_CODING));
     }
     // Some readers parse it as a signed number.
     let length = headers.get(header::CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
     if length > Some(i64::MAX as u64) {
-        return Err(&LENGTH_TOO_LARGE);
+        return Err(ErrorReply::bad_request(LENGTH_TOO_LARGE));
     }
     // An absolute-form target has a scheme and an authority. The path is compared byte for byte.
     let uri = &request.uri;
     let is_origin_form = uri.authority().is_none() && uri.scheme().is_none();
     let target = uri.path_and_query().filter(|_| is_origin_form);
+    let is_handshake = allowed.websocket && is_handshake(request);
     match (&request.method, target.map(|target| target.as_str())) {
         (&Method::POST, Some(PATH)) => Ok(Route::Forward(Kind::Post)),
-        (&Method::GET, Some(PATH)) if !allowed.websocket || !is_handshake(request) => {
-            Err(&NOT_FORWARDED)
-        }
         // On this error, Codex uses POST at once.
-        (&Method::GET, Some(PATH)) if allowed.is_dumping => Err(&NOT_DUMPED),
-        (&Method::GET, Some(PATH)) => Ok(Route::Forward(Kind::Handshake)),
-        (&Method::GET, Some(SHUTDOWN_PATH)) if allowed.http_shutdown => Ok(Route::Shutdown),
-        _ => Err(&NOT_FORWARDED),
+        (&Method::GET, Some(PATH)) if is_handshake && allowed.is_dumping => {
+            let status = StatusCode::UPGRADE_REQUIRED;
+            Err(ErrorReply::new(status, "websocket_not_dumped", NOT_DUMPED))
+        }
+        (&Method::GET, Some(PATH)) if is_handshake => Ok(Route::Forward(Kind::Handshake)),
+        (&Method::GET, Some("/shutdown")) if allowed.http_shutdown => Ok(Route::Shutdown),
+        _ => Err(ErrorReply::forbidden("not_allowed", NOT_FORWARDED)),
     }
 }
 
@@ -127,28 +103,24 @@ pub(super) fn decide(
 /// checks key, version and extensions.
 fn is_handshake(request: &Parts) -> bool {
     let headers = &request.headers;
-    let mut connection = headers.get_all(header::CONNECTION).iter();
     request.version == Version::HTTP_11
         && !headers.contains_key(header::CONTENT_LENGTH)
         && !headers.contains_key(header::TRANSFER_ENCODING)
         && is_only(headers, header::UPGRADE, "websocket") == Some(true)
-        && connection.any(|value| named_by_connection(value).any(|name| name == header::UPGRADE))
+        && named_by_connection(headers).any(|name| name == header::UPGRADE)
 }
 
 /// `localhost` or a loopback address, with or without a port.
 fn is_loopback_host(host: &HeaderValue) -> bool {
-    let Ok(authority) = Authority::try_from(host.as_bytes()) else {
-        return false;
+    let host = host.to_str().unwrap_or_default();
+    let is_port = |port: &str| port.parse::<NonZeroU16>().is_ok();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if is_port(port) => name,
+        _ => host,
     };
-    let name = authority.host();
-    let in_brackets = name
-        .strip_prefix('[')
-        .and_then(|name| name.strip_suffix(']'));
-    let is_here = match in_brackets {
-        Some(address) => address.contains(':') && is_loopback(address),
-        None => is_loopback(name),
-    };
-    is_here && usable_port(&authority, 80).is_some() && !authority.as_str().contains('@')
+    let in_brackets = name.strip_prefix('[').and_then(|ip| ip.strip_suffix(']'));
+    // IPv6 addresses stand in brackets, and nothing else does.
+    in_brackets.is_some() == name.contains(':') && is_loopback(in_brackets.unwrap_or(name))
 }
 
 #[cfg(test)]
@@ -223,8 +195,8 @@ mod tests {
         for (length, expected) in [
             ("0", None),
             ("9223372036854775807", None),
-            ("9223372036854775808", Some(&LENGTH_TOO_LARGE)),
-            ("18446744073709551613", Some(&LENGTH_TOO_LARGE)),
+            ("9223372036854775808", Some(LENGTH_TOO_LARGE)),
+            ("18446744073709551613", Some(LENGTH_TOO_LARGE)),
         ] {
             let headers = [("host", "localhost"), ("content-length", length)];
             let decision = decide(
@@ -232,7 +204,8 @@ mod tests {
                 Peer::default(),
                 Allowed::default(),
             );
-            assert_eq!(decision.err(), expected, "{length}");
+            let message = decision.err().map(|reply| reply.message);
+            assert_eq!(message, expected, "{length}");
         }
     }
 

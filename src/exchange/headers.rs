@@ -1,6 +1,8 @@
 //! Which headers are forwarded.
 
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHENTICATE};
+use hyper::header::{HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION, TE, TRAILER};
+use hyper::header::{TRANSFER_ENCODING, UPGRADE};
 
 use crate::upstream::Kind;
 
@@ -9,25 +11,16 @@ use crate::upstream::Kind;
 ///
 /// `Trailer` is one of them because trailer fields are not forwarded, see [`super::body`].
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection"
-            | "keep-alive"
-            | "proxy-authenticate"
-            | "proxy-authorization"
-            | "proxy-connection"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade"
-    )
+    matches!(*name, CONNECTION | TE | TRANSFER_ENCODING | UPGRADE)
+        || matches!(*name, TRAILER | PROXY_AUTHENTICATE | PROXY_AUTHORIZATION)
+        || matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
 
 /// The headers of a forwarded request: the client's end-to-end ones, with the upstream's `Host`. The stream
 /// adds the credential later. `Expect` is left out because hyper sends the 100 (Continue).
 pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue, kind: Kind) -> HeaderMap {
-    let mut headers = end_to_end(client, &[header::AUTHORIZATION, header::EXPECT]);
-    headers.insert(header::HOST, host);
+    let mut headers = end_to_end(client, &[AUTHORIZATION, EXPECT]);
+    headers.insert(HOST, host);
     if kind == Kind::Handshake {
         switch_protocol(&mut headers);
     }
@@ -36,42 +29,34 @@ pub(super) fn for_upstream(client: HeaderMap, host: HeaderValue, kind: Kind) -> 
 
 /// Adds the two headers that switch a connection to a WebSocket (RFC 6455, section 4).
 pub(super) fn switch_protocol(headers: &mut HeaderMap) {
-    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
 }
 
 /// The end-to-end headers of a message in their order, without the `replaced` ones.
 pub(super) fn end_to_end(from: HeaderMap, replaced: &[HeaderName]) -> HeaderMap {
-    let connection = from.get_all(header::CONNECTION).iter();
-    let named: Vec<_> = connection.flat_map(named_by_connection).collect();
+    let named: Vec<_> = named_by_connection(&from).collect();
     let is_dropped =
         |name: &HeaderName| is_hop_by_hop(name) || replaced.contains(name) || named.contains(name);
     if !from.keys().any(is_dropped) {
         return from;
     }
-    // A new map, since removing a header moves others. Only the first of a header's values has the name.
+    // A new map, since removing a header moves others. Clones of values share their bytes.
     let mut headers = HeaderMap::with_capacity(from.len());
-    let mut current = None;
-    for (name, value) in from {
-        if let Some(name) = name {
-            current = Some(name).filter(|name| !is_dropped(name));
-        }
-        if let Some(name) = &current {
-            headers.append(name, value);
-        }
-    }
+    let kept = from.iter().filter(|(name, _)| !is_dropped(name));
+    headers.extend(kept.map(|(name, value)| (name.clone(), value.clone())));
     headers
 }
 
-/// The headers that a `Connection` header names (RFC 9110, section 7.6.1).
+/// The headers that `Connection` names (RFC 9110, section 7.6.1).
 ///
 /// `Content-Length` is ignored: without it the message would be another one, and that section is about
 /// fields "intended solely for the immediate recipient".
-pub(super) fn named_by_connection(value: &HeaderValue) -> impl Iterator<Item = HeaderName> {
-    let names = value.as_bytes().split(|&byte| byte == b',');
-    names
-        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-        .filter(|name| name != header::CONTENT_LENGTH)
+pub(super) fn named_by_connection(headers: &HeaderMap) -> impl Iterator<Item = HeaderName> {
+    let values = headers.get_all(CONNECTION).iter();
+    let names = values.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    let names = names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok());
+    names.filter(|name| name != CONTENT_LENGTH)
 }
 
 #[cfg(test)]
