@@ -40,10 +40,10 @@ enum Close {
 
 /// How to close a connection on which hyper's work ended like this.
 fn close_mode(outcome: &hyper::Result<()>, state: &ConnectionState) -> Close {
-    match (outcome, state.version()) {
+    match (outcome, state.version.get()) {
         (Err(error), Some(Version::HTTP_10)) if error.is_user() => Close::Reset,
         (Err(error), _) if error.is_parse() => Close::Linger,
-        (Ok(()), Some(_)) if !state.is_request_complete() => Close::Linger,
+        (Ok(()), Some(_)) if !state.is_request_complete.get() => Close::Linger,
         _ => Close::Immediate,
     }
 }
@@ -54,7 +54,7 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Rc<Handler>) 
     let _ = stream.set_nodelay(true);
     let state = Rc::new(ConnectionState::default());
     let (mut stream, early, outcome) = serve_http1(stream, peer, &state, handler).await;
-    if let (Some(tunnel), Ok(())) = (state.take_tunnel(), &outcome) {
+    if let (Some(tunnel), Ok(())) = (state.tunnel.take(), &outcome) {
         // Boxed, so that only tunnels have its memory.
         return Box::pin(tunnel.run(stream, early, &handler.shutdown)).await;
     }
@@ -125,10 +125,10 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
             outcome = &mut connection => return outcome,
             () = handler.shutdown.wait() => {}
         }
-        if state.version().is_none() {
+        if state.version.get().is_none() {
             match timeout(FIRST_REQUEST_GRACE, &mut connection).await {
                 Ok(outcome) => return outcome,
-                Err(_) if state.version().is_none() => return Ok(()),
+                Err(_) if state.version.get().is_none() => return Ok(()),
                 Err(_) => {}
             }
         }

@@ -1,10 +1,8 @@
 //! The log line of a forwarded request.
 
-use std::borrow::Cow;
-use std::cell::{Cell, RefCell};
-use std::time::Instant;
+use std::{borrow::Cow, cell::Cell, time::Instant};
 
-use crate::log;
+use crate::{error::ErrorReply, log};
 
 /// The line, written when the entry is dropped: however a request ends, it is logged.
 pub(super) struct AccessLogEntry {
@@ -16,7 +14,7 @@ pub(super) struct AccessLogEntry {
     /// The response's status; 0 before there is one.
     pub(super) status: Cell<u16>,
     /// Why the response isn't whole. Details are for the log alone.
-    pub(super) error: RefCell<Option<Cow<'static, str>>>,
+    pub(super) error: Cell<Option<Cow<'static, str>>>,
 }
 
 impl AccessLogEntry {
@@ -29,8 +27,15 @@ impl AccessLogEntry {
             sent: Cell::new(0),
             status: Cell::new(0),
             // hyper drops whatever belongs to a client that leaves, and says nothing.
-            error: RefCell::new(Some(Cow::Borrowed("client left"))),
+            error: Cell::new(Some(Cow::Borrowed("client left"))),
         }
+    }
+
+    /// The response is this one instead of the upstream's.
+    pub(super) fn fail(&self, reply: &ErrorReply) {
+        self.status.set(reply.status.as_u16());
+        let error = format!("{}: {}", reply.message, reply.detail);
+        self.error.set(Some(error.into()));
     }
 }
 
@@ -38,12 +43,9 @@ impl Drop for AccessLogEntry {
     fn drop(&mut self) {
         let (uid, status) = (log::uid(self.uid), self.status.get());
         let (received, sent) = (self.received.get(), self.sent.get());
-        let milliseconds = self.started.elapsed().as_millis();
-        let error = self.error.get_mut().take();
-        let (name, error) =
-            error.map_or(("", "".into()), |error| (" error=", format!("{error:?}")));
-        log!(
-            "request uid={uid} status={status} ms={milliseconds} in={received} out={sent}{name}{error}"
-        );
+        let ms = self.started.elapsed().as_millis();
+        let error = self.error.take();
+        let error = error.map_or_else(String::new, |error| format!(" error={error:?}"));
+        log!("request uid={uid} status={status} ms={ms} in={received} out={sent}{error}");
     }
 }

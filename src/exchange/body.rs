@@ -14,20 +14,22 @@ use crate::upstream::{BodyError, Upstream, UpstreamConnection};
 /// The body of a response to a client: one of our own, or the upstream's.
 pub(crate) type ResponseBody = Either<Full<Bytes>, Download>;
 
+/// The outcome of polling a body.
+type FramePoll<E> = Poll<Option<Result<Frame<Bytes>, E>>>;
+
 /// How long a request's body may make no progress while the upstream accepts more: its connection
 /// holds a slot meanwhile.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request's body on its way to the upstream.
 ///
-/// Trailer fields are left out, as RFC 9110, section 6.5.1, lets every recipient do: nothing in the
-/// Responses API has any.
+/// hyper takes its length from the header `Content-Length`.
 pub(super) struct Upload {
     pub(super) body: Incoming,
     pub(super) state: Rc<ConnectionState>,
     pub(super) entry: Rc<AccessLogEntry>,
     /// Takes a copy.
-    pub(super) tap: Option<Tap>,
+    pub(super) tap: Tap,
     /// Runs while the upstream could accept more than the client has sent: hyper polls a body only then.
     pub(super) stalled: Option<Pin<Box<Sleep>>>,
 }
@@ -36,35 +38,21 @@ impl Body for Upload {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> FramePoll<BodyError> {
         let this = &mut *self;
-        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx)? else {
             let new = || Box::pin(sleep(BODY_TIMEOUT));
             ready!(this.stalled.get_or_insert_with(new).as_mut().poll(cx));
             return Poll::Ready(Some(Err(io::Error::from(io::ErrorKind::TimedOut).into())));
         };
         this.stalled = None;
-        let data = match frame {
-            Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
-            end => {
-                this.state.set_request_complete(end.is_none());
-                return Poll::Ready(end.map(|end| end.map_err(Into::into)));
-            }
-        };
-        count(&this.entry.received, &mut this.tap, &data);
-        this.state.set_request_complete(this.body.is_end_stream());
-        Poll::Ready(Some(Ok(Frame::data(data))))
+        let is_complete = frame.is_none() || this.body.is_end_stream();
+        this.state.is_request_complete.set(is_complete);
+        Poll::Ready(frame.map(|frame| Ok(pass(frame, &this.entry.received, &mut this.tap))))
     }
 
     fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -72,29 +60,22 @@ impl Body for Upload {
 /// which is how the upstream learns that the client has left.
 pub(crate) struct Download {
     pub(super) body: Incoming,
-    pub(super) upstream: Rc<Upstream>,
     /// `None` once the body is complete.
-    pub(super) connection: Option<UpstreamConnection>,
+    pub(super) connection: Option<(Rc<Upstream>, UpstreamConnection)>,
     pub(super) state: Rc<ConnectionState>,
     pub(super) entry: Rc<AccessLogEntry>,
-    pub(super) tap: Option<Tap>,
+    pub(super) tap: Tap,
     /// An error withheld until hyper has flushed the data before it: hyper drops what it has not flushed
     /// when a body fails.
     pub(super) deferred_error: Option<hyper::Error>,
 }
 
 impl Download {
-    /// Pools the connection. hyper asks a complete body for nothing more.
-    fn complete(&mut self) {
-        self.entry.error.take();
-        if let Some(connection) = self.connection.take() {
-            self.upstream.release(connection);
-        }
-    }
-
-    pub(super) fn complete_if_end_of_stream(&mut self) {
-        if self.body.is_end_stream() {
-            self.complete();
+    /// Pools the connection if the body is complete. hyper asks a complete body for nothing more.
+    pub(super) fn release_at_end(&mut self, is_complete: bool) {
+        if is_complete && let Some((upstream, connection)) = self.connection.take() {
+            self.entry.error.take();
+            upstream.release(connection);
         }
     }
 }
@@ -103,35 +84,25 @@ impl Body for Download {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let this = self.get_mut();
-        if this.deferred_error.is_some() {
-            ready!(this.state.poll_flushed(cx));
-            return Poll::Ready(this.deferred_error.take().map(Err));
-        }
-        match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
-            Some(Ok(frame)) => {
-                let data = frame.into_data().unwrap_or_default();
-                this.state.begin_write();
-                count(&this.entry.sent, &mut this.tap, &data);
-                this.complete_if_end_of_stream();
-                Poll::Ready(Some(Ok(Frame::data(data))))
-            }
-            Some(Err(error)) => {
-                let detail = with_sources(&error);
-                let message = format!("response truncated: {detail}");
-                this.entry.error.replace(Some(message.into()));
-                this.deferred_error = Some(error);
-                Pin::new(this).poll_frame(cx)
-            }
-            None => {
-                this.complete();
-                Poll::Ready(None)
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> FramePoll<hyper::Error> {
+        let this = &mut *self;
+        if this.deferred_error.is_none() {
+            match ready!(Pin::new(&mut this.body).poll_frame(cx)).transpose() {
+                Ok(frame) => {
+                    this.state.begin_write();
+                    this.release_at_end(frame.is_none() || this.body.is_end_stream());
+                    let pass = |frame| Ok(pass(frame, &this.entry.sent, &mut this.tap));
+                    return Poll::Ready(frame.map(pass));
+                }
+                Err(error) => {
+                    let message = format!("response truncated: {}", with_sources(&error));
+                    this.entry.error.set(Some(message.into()));
+                    this.deferred_error = Some(error);
+                }
             }
         }
+        ready!(this.state.poll_flushed(cx));
+        Poll::Ready(this.deferred_error.take().map(Err))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -143,10 +114,11 @@ impl Body for Download {
     }
 }
 
-/// Accounts for a part of a body.
-fn count(bytes: &Cell<usize>, tap: &mut Option<Tap>, data: &[u8]) {
+/// Counts and copies a part of a body. Trailer fields are left out, as RFC 9110, section 6.5.1, lets every
+/// recipient do: nothing in the Responses API has any.
+fn pass(frame: Frame<Bytes>, bytes: &Cell<usize>, tap: &mut Tap) -> Frame<Bytes> {
+    let data = frame.into_data().unwrap_or_default();
     bytes.set(bytes.get() + data.len());
-    if let Some(tap) = tap {
-        tap.data(data);
-    }
+    tap.data(&data);
+    Frame::data(data)
 }

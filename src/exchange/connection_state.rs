@@ -1,10 +1,9 @@
 //! State shared by a client connection and its current request.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::task::{Context, Poll, Waker};
 
 use hyper::Version;
-use hyper::body::{Body, Incoming};
 
 use super::tunnel::Tunnel;
 use crate::error::ErrorReply;
@@ -21,45 +20,18 @@ pub(crate) struct Peer {
 /// How far the connection's last request has come.
 #[derive(Default)]
 pub(crate) struct ConnectionState {
-    version: Cell<Option<Version>>,
-    is_request_complete: Cell<bool>,
-    tunnel: RefCell<Option<Tunnel>>,
+    /// The version of the last request; `None` before the first.
+    pub(crate) version: Cell<Option<Version>>,
+    /// Whether the last request has come whole.
+    pub(crate) is_request_complete: Cell<bool>,
+    /// Once its response, a 101, has been flushed, the connection becomes this tunnel.
+    pub(crate) tunnel: Cell<Option<Tunnel>>,
     is_flushed: Cell<bool>,
     /// Wakes the body that waits for the flush.
     flush_waker: Cell<Option<Waker>>,
 }
 
 impl ConnectionState {
-    /// The next request has come.
-    pub(super) fn begin_request(&self, version: Version, body: &Incoming) {
-        self.version.set(Some(version));
-        self.is_request_complete.set(body.is_end_stream());
-    }
-
-    /// A part of the request's body has come, or its end.
-    pub(super) fn set_request_complete(&self, is_complete: bool) {
-        self.is_request_complete.set(is_complete);
-    }
-
-    /// The version of the last request; `None` before the first.
-    pub(crate) fn version(&self) -> Option<Version> {
-        self.version.get()
-    }
-
-    /// Whether the last request has come whole.
-    pub(crate) fn is_request_complete(&self) -> bool {
-        self.is_request_complete.get()
-    }
-
-    /// Once its response, a 101, has been flushed, the connection becomes this tunnel.
-    pub(super) fn set_tunnel(&self, tunnel: Tunnel) {
-        self.tunnel.replace(Some(tunnel));
-    }
-
-    pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
-        self.tunnel.take()
-    }
-
     /// Something is being written to the client, or about to be.
     pub(crate) fn begin_write(&self) {
         self.is_flushed.set(false);

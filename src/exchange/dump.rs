@@ -3,14 +3,14 @@
 //! A body is kept in memory and written once, at its end, off the event loop, so that a slow disk delays no
 //! stream.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use std::{cell::Cell, mem::take, sync::Arc};
+use std::{cell::Cell, sync::Arc};
 
-use hyper::header::{AUTHORIZATION, HeaderMap};
+use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json, value::RawValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::{task::spawn_blocking, time::timeout};
@@ -23,13 +23,10 @@ const MAX_BODY: usize = 16 << 20;
 const BUDGET: u32 = 64 << 20;
 
 /// The size of a dump without its body, in bytes, roughly.
-const OVERHEAD: usize = 4 << 10;
+const OVERHEAD: u32 = 4 << 10;
 
 /// How long the end of the program waits for the disk.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Stands for the value of `Authorization`: clients may send credentials of their own.
-const REDACTED: &str = "[REDACTED]";
 
 /// Writes dumps to a directory.
 pub(crate) struct Dumper {
@@ -41,30 +38,23 @@ pub(crate) struct Dumper {
 
 impl Dumper {
     /// Creates the directory, accessible to its owner alone.
-    pub(crate) fn new(directory: &Path) -> Result<Self, String> {
-        let unusable = |error: io::Error| format!("--dump-dir {}: {error}", directory.display());
+    pub(crate) fn new(path: &Path) -> Result<Self, String> {
+        let unusable = |error: io::Error| format!("--dump-dir {}: {error}", path.display());
         let mut builder = DirBuilder::new();
-        let created = builder.recursive(true).mode(0o700).create(directory);
-        let created = created.and_then(|()| fs::metadata(directory));
-        let metadata = created.map_err(unusable)?;
+        let created = builder.recursive(true).mode(0o700).create(path);
+        let metadata = created
+            .and_then(|()| fs::metadata(path))
+            .map_err(unusable)?;
         let is_ours = metadata.uid() == nix::unistd::geteuid().as_raw();
-        if metadata.permissions().mode() & 0o077 != 0 || !is_ours {
-            return Err(unusable(io::Error::other(
-                "other users can access or own this directory, and dumps contain prompts: use a new one, or one of your own with mode 700",
-            )));
+        if metadata.mode() & 0o077 != 0 || !is_ours {
+            let message = "other users can access or own this directory, and dumps contain prompts: use a new one, or one of your own with mode 700";
+            return Err(unusable(io::Error::other(message)));
         }
         Ok(Self {
-            directory: directory.to_owned(),
+            directory: path.to_owned(),
             next: Cell::new(1),
             budget: Arc::new(Semaphore::new(BUDGET as usize)),
         })
-    }
-
-    /// The beginning of the names of a request's two files.
-    pub(super) fn next_name(&self) -> String {
-        let number = self.next.replace(self.next.get() + 1);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        format!("{number:06}-{}", now.map_or(0, |now| now.as_millis()))
     }
 
     /// Waits until all dumps are written, at most 10 s.
@@ -72,79 +62,83 @@ impl Dumper {
         let _ = timeout(FINISH_TIMEOUT, self.budget.acquire_many(BUDGET)).await;
     }
 
-    /// Begins a file with this name. `head` is what it says of the message in addition to the headers.
-    pub(super) fn begin(&self, name: &str, mut head: Value, headers: &HeaderMap) -> Tap {
-        let header = |(name, value): (&_, &hyper::header::HeaderValue)| {
-            let value = match name {
-                &AUTHORIZATION => REDACTED.into(),
+    /// Names the two files of the next exchange. What is returned begins one for the given message; the
+    /// [`Value`] is what it says in addition to the headers. `None` if the budget does not suffice.
+    pub(super) fn next_exchange(&self) -> impl Fn(&str, Value, &HeaderMap) -> Option<Dump> {
+        let number = self.next.replace(self.next.get() + 1);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let name = format!("{number:06}-{}", now.map_or(0, |now| now.as_millis()));
+        let header = |(name, value): (&HeaderName, &HeaderValue)| {
+            let value = match *name {
+                // Clients may send credentials of their own.
+                AUTHORIZATION => "[REDACTED]".into(),
                 _ => String::from_utf8_lossy(value.as_bytes()),
             };
             json!({ "name": name.as_str(), "value": value })
         };
-        // A list, since a name may occur more than once.
-        head["headers"] = headers.iter().map(header).collect();
-        let mut tap = Tap {
-            path: self.directory.join(name),
-            head,
-            body: Vec::new(),
-            reserved: Arc::clone(&self.budget).try_acquire_many_owned(0).ok(),
-        };
-        tap.reserve(OVERHEAD);
-        tap
+        move |message, mut head, headers| {
+            // A list, since a name may occur more than once.
+            head["headers"] = headers.iter().map(header).collect();
+            let path = self.directory.join(format!("{name}-{message}.json"));
+            Some(Dump {
+                reserved: reserve(&self.budget, OVERHEAD, &path)?,
+                path,
+                head,
+                body: Vec::new(),
+            })
+        }
     }
 }
 
-/// Copies a body in transit. Dropping it writes the file.
-pub(super) struct Tap {
+/// What a file will contain.
+pub(super) struct Dump {
     path: PathBuf,
     head: Value,
     body: Vec<u8>,
-    /// Its part of the budget; `None` once that did not suffice.
-    reserved: Option<OwnedSemaphorePermit>,
+    /// Its part of the budget.
+    reserved: OwnedSemaphorePermit,
 }
 
-impl Tap {
-    /// Copies the next part of the body.
-    pub(super) fn data(&mut self, data: &[u8]) {
-        let copied = data.len().min(MAX_BODY - self.body.len());
-        if copied < data.len() {
-            self.head["truncated"] = true.into();
-        }
-        self.reserve(copied);
-        if self.reserved.is_some() {
-            self.body.extend_from_slice(&data[..copied]);
-        }
-    }
+/// Copies a body in transit. Dropping it writes the file. Without a dump, it does nothing.
+pub(super) struct Tap(pub(super) Option<Dump>);
 
-    /// Reserves as many more bytes, or gives up the dump.
-    fn reserve(&mut self, bytes: usize) {
-        let Some(reserved) = &mut self.reserved else {
-            return;
-        };
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        match Arc::clone(reserved.semaphore()).try_acquire_many_owned(bytes) {
-            Ok(more) => reserved.merge(more),
-            Err(_) => {
-                self.reserved = None;
-                self.body = Vec::new();
-                let path = self.path.display();
-                log!("{path} is not written: dump buffer full (64 MiB)");
+impl Tap {
+    /// Copies the next part of the body, or gives up the dump.
+    pub(super) fn data(&mut self, data: &[u8]) {
+        let Some(dump) = &mut self.0 else { return };
+        let copied = data.len().min(MAX_BODY - dump.body.len());
+        if copied < data.len() {
+            dump.head["truncated"] = true.into();
+        }
+        match reserve(dump.reserved.semaphore(), copied as u32, &dump.path) {
+            Some(more) => {
+                dump.reserved.merge(more);
+                dump.body.extend_from_slice(&data[..copied]);
             }
+            None => self.0 = None,
         }
     }
+}
+
+/// Reserves as many bytes of the budget for the dump with this path, or logs that it is given up.
+fn reserve(budget: &Arc<Semaphore>, bytes: u32, path: &Path) -> Option<OwnedSemaphorePermit> {
+    let reserved = Arc::clone(budget).try_acquire_many_owned(bytes).ok();
+    if reserved.is_none() {
+        let path = path.display();
+        log!("{path} is not written: dump buffer full (64 MiB)");
+    }
+    reserved
 }
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        let Some(reserved) = self.reserved.take() else {
-            return;
-        };
-        let (path, head, body) = (take(&mut self.path), self.head.take(), take(&mut self.body));
+        let Some(dump) = self.0.take() else { return };
         spawn_blocking(move || {
-            if let Err(error) = write(&path, &to_json(&head, &body)) {
-                log!("cannot write {}: {error}", path.display());
+            if let Err(error) = write(&dump.path, &to_json(&dump.head, &dump.body)) {
+                log!("cannot write {}: {error}", dump.path.display());
             }
-            drop(reserved);
+            // Only now is its part of the budget free: `finish` waits for that.
+            drop(dump);
         });
     }
 }
@@ -163,12 +157,9 @@ fn to_json(head: &Value, body: &[u8]) -> String {
 
 /// Writes a new file, readable by its owner alone, or leaves none.
 fn write(path: &Path, text: &str) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path)?;
     let written = file.write_all(text.as_bytes());
     written.inspect_err(|_| drop(fs::remove_file(path)))
 }
@@ -176,6 +167,25 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn finish_waits_until_dumps_are_written() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("dumps");
+        let dumper = Dumper::new(&directory).unwrap();
+        let begin = dumper.next_exchange();
+        let taps = ["request", "response"].map(|message| {
+            let mut tap = Tap(begin(message, json!({}), &HeaderMap::new()));
+            tap.data(&[b'x'; MAX_BODY]);
+            tap
+        });
+        drop(taps);
+        dumper.finish().await;
+        let files = fs::read_dir(directory).unwrap();
+        let sizes = files.map(|file| file.unwrap().metadata().unwrap().len());
+        let whole = sizes.filter(|&size| size > MAX_BODY as u64);
+        assert_eq!(whole.count(), 2);
+    }
 
     #[test]
     fn json_bodies_are_included_unchanged_and_others_as_strings() {

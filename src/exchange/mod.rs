@@ -11,24 +11,22 @@ mod tunnel;
 
 use std::rc::Rc;
 
-use http_body_util::Either;
-use hyper::body::{Body, Bytes, Incoming};
+use http_body_util::{Either, Full};
+use hyper::body::{Body, Incoming};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, TRANSFER_ENCODING};
-use hyper::http::{request, response};
-use hyper::{Request, Response, StatusCode, Version};
+use hyper::{Request, Response, StatusCode, Version, http::request};
 use serde_json::json;
 
-use self::access_log::AccessLogEntry;
 use self::body::{Download, ResponseBody, Upload};
 pub(crate) use self::connection_state::{ConnectionState, Peer};
-use self::dump::Dumper;
-use self::filter::Route;
+use self::dump::{Dumper, Tap};
 pub(crate) use self::filter::{Allowed, TOO_MANY_CONNECTIONS, USER_NOT_ALLOWED};
-use self::tunnel::Tunnel;
-use crate::error::ErrorReply;
-use crate::log;
-use crate::shutdown::Shutdown;
-use crate::upstream::{Kind, Upstream, UpstreamConnection, drain_available};
+use self::{access_log::AccessLogEntry, filter::Route, tunnel::Tunnel};
+use crate::upstream::{Kind, Upstream, drain_available};
+use crate::{error::ErrorReply, log, shutdown::Shutdown};
+
+/// A response to be forwarded, or the proxy's own instead.
+type Outcome = Result<Response<ResponseBody>, ErrorReply>;
 
 /// The state that all requests share.
 pub(crate) struct Handler {
@@ -49,7 +47,8 @@ impl Handler {
     ) -> Response<ResponseBody> {
         let (head, mut body) = request.into_parts();
         let version = head.version;
-        state.begin_request(version, &body);
+        state.version.set(Some(version));
+        state.is_request_complete.set(body.is_end_stream());
         // hyper follows the chunks where there is a length, too: such a connection must be closed
         // (RFC 9112, section 6.1).
         let is_last = peer.denial.is_some()
@@ -60,110 +59,77 @@ impl Handler {
         // A client that waits for a 100 (Continue) has sent no body, and need not.
         if !is_forwarded && !is_last && !head.headers.contains_key(EXPECT) {
             drain_available(&mut body).await;
-            state.set_request_complete(body.is_end_stream());
+            state.is_request_complete.set(body.is_end_stream());
         }
-        let mut response = match route {
-            Ok(Route::Forward(kind)) => self.forward(peer, &state, kind, head, body).await,
+        let outcome = match route {
+            Ok(Route::Forward(kind)) => {
+                let entry = Rc::new(AccessLogEntry::new(peer.uid));
+                let upload = Upload {
+                    body,
+                    state: Rc::clone(&state),
+                    entry: Rc::clone(&entry),
+                    tap: Tap(None),
+                    stalled: None,
+                };
+                let outcome = self.forward(kind, head, upload).await;
+                outcome.inspect_err(|reply| entry.fail(reply))
+            }
             Ok(Route::Shutdown) => {
                 log!("stopping: GET /shutdown by uid={}", log::uid(peer.uid));
                 self.shutdown.trigger();
-                Response::new(Either::Left(Bytes::new().into()))
+                Ok(Response::new(Either::Left(Full::default())))
             }
             Err(reply) => {
                 log::rejection(peer.uid, reply.status.as_u16(), reply.message);
-                reply.response().map(Either::Left)
+                Err(reply)
             }
         };
+        let mut response = outcome.unwrap_or_else(|reply| reply.response().map(Either::Left));
         *response.version_mut() = version;
-        if is_last || !state.is_request_complete() || self.shutdown.is_triggered() {
+        if is_last || !state.is_request_complete.get() || self.shutdown.is_triggered() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
         }
         response
     }
 
-    async fn forward(
-        &self,
-        peer: Peer,
-        state: &Rc<ConnectionState>,
-        kind: Kind,
-        head: request::Parts,
-        body: Incoming,
-    ) -> Response<ResponseBody> {
-        let dump = self
-            .dumper
-            .as_ref()
-            .map(|dumper| (dumper, dumper.next_name()));
-        let tap = dump.as_ref().map(|(dumper, name)| {
-            let start = json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
-            dumper.begin(&format!("{name}-request.json"), start, &head.headers)
-        });
-        let entry = Rc::new(AccessLogEntry::new(peer.uid));
-        let upload = Upload {
-            body,
-            state: Rc::clone(state),
-            entry: Rc::clone(&entry),
-            tap,
-            stalled: None,
-        };
+    /// Forwards a request with this body.
+    async fn forward(&self, kind: Kind, head: request::Parts, mut upload: Upload) -> Outcome {
+        let (state, entry) = (Rc::clone(&upload.state), Rc::clone(&upload.entry));
+        let exchange = self.dumper.as_ref().map(Dumper::next_exchange);
+        let begin = exchange.as_ref();
+        let start = || json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
+        let dump = begin.and_then(|begin| begin("request", start(), &head.headers));
+        upload.tap = Tap(dump);
         let host = self.upstream.connector.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);
-        let outcome = self.upstream.send(kind, headers, Box::pin(upload)).await;
-        let (connection, response) = match outcome {
-            Ok(response) => response,
-            Err(reply) => return fail(&reply, &entry),
-        };
+        let (connection, response) = self.upstream.send(kind, headers, Box::pin(upload)).await?;
         let (mut head, body) = response.into_parts();
-        entry.status.set(head.status.as_u16());
+        let status = head.status.as_u16();
+        entry.status.set(status);
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return switch(state, connection, head, entry).await;
+            let message = "the upstream switched protocols before the request's end (protocol)";
+            let upgraded = connection.into_upgraded().await;
+            let upstream = upgraded.ok_or(ErrorReply::bad_gateway(message))?;
+            state.tunnel.set(Some(Tunnel { upstream, entry }));
+            head.headers = headers::end_to_end(head.headers, &[CONTENT_LENGTH]);
+            headers::switch_protocol(&mut head.headers);
+            return Ok(Response::from_parts(head, Either::Left(Full::default())));
         }
-        let tap = dump.map(|(dumper, name)| {
-            let start = json!({ "status": head.status.as_u16() });
-            dumper.begin(&format!("{name}-response.json"), start, &head.headers)
-        });
+        let start = || json!({ "status": status });
+        let dump = begin.and_then(|begin| begin("response", start(), &head.headers));
         head.headers = headers::end_to_end(head.headers, &[]);
         let mut download = Download {
             body,
-            upstream: Rc::clone(&self.upstream),
-            connection: Some(connection),
-            state: Rc::clone(state),
+            connection: Some((Rc::clone(&self.upstream), connection)),
+            state,
             entry,
-            tap,
+            tap: Tap(dump),
             deferred_error: None,
         };
-        download.complete_if_end_of_stream();
-        Response::from_parts(head, Either::Right(download))
+        download.release_at_end(download.body.is_end_stream());
+        Ok(Response::from_parts(head, Either::Right(download)))
     }
-}
-
-/// The response to a handshake that the upstream accepted.
-async fn switch(
-    state: &ConnectionState,
-    connection: UpstreamConnection,
-    mut head: response::Parts,
-    entry: Rc<AccessLogEntry>,
-) -> Response<ResponseBody> {
-    let Some((upstream, early)) = connection.into_upgraded().await else {
-        let message = "the upstream switched protocols before it had the whole request (protocol)";
-        return fail(&ErrorReply::bad_gateway(message), &entry);
-    };
-    state.set_tunnel(Tunnel {
-        upstream,
-        early,
-        entry,
-    });
-    head.headers = headers::end_to_end(head.headers, &[CONTENT_LENGTH]);
-    headers::switch_protocol(&mut head.headers);
-    Response::from_parts(head, Either::Left(Bytes::new().into()))
-}
-
-/// Names the step that failed. The detail is for the log.
-fn fail(reply: &ErrorReply, entry: &AccessLogEntry) -> Response<ResponseBody> {
-    entry.status.set(reply.status.as_u16());
-    let error = format!("{}: {}", reply.message, reply.detail);
-    entry.error.replace(Some(error.into()));
-    reply.response().map(Either::Left)
 }
 
 #[cfg(test)]

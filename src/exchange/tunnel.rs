@@ -8,55 +8,45 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::access_log::AccessLogEntry;
-use crate::{shutdown::Shutdown, upstream::Stream};
+use crate::shutdown::Shutdown;
+use crate::upstream::{Io, Stream};
 
 /// How much is read at once, in bytes. The space is on the stack: an idle tunnel holds no buffer.
 const READ_SIZE: usize = 16 << 10;
 
 /// How long a tunnel may be silent once one side has closed or shutdown has started. Otherwise there is no
 /// limit: both ends send pings.
-const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+const MAX_SILENCE: Duration = Duration::from_secs(5);
 
 /// The upstream's side of a tunnel whose client still waits for the response to its handshake.
 pub(crate) struct Tunnel {
-    pub(super) upstream: Stream,
-    /// Sent by the upstream right behind its response.
-    pub(super) early: Bytes,
+    /// The stream, and what the upstream sent right behind its response.
+    pub(super) upstream: (Stream, Bytes),
     pub(super) entry: Rc<AccessLogEntry>,
 }
 
 impl Tunnel {
     /// Copies until both sides have closed, one has failed, or the tunnel is silent during shutdown. `early`
     /// was read from the client behind its handshake.
-    pub(crate) async fn run(
-        self,
-        client: impl AsyncRead + AsyncWrite,
-        early: Bytes,
-        shutdown: &Shutdown,
-    ) {
+    pub(crate) async fn run(self, client: impl Io, early: Bytes, shutdown: &Shutdown) {
+        let entry = self.entry;
         // Holds if the tunnel is dropped, which happens only when shutdown ends.
         let error = "still open when shutdown ended";
-        self.entry.error.replace(Some(error.into()));
+        entry.error.set(Some(error.into()));
         let activity = Activity::default();
-        let (client, upstream) = (split(client), split(self.upstream));
-        let up = copy(early, client.0, upstream.1, &self.entry.received, &activity);
-        let down = copy(
-            self.early,
-            upstream.0,
-            client.1,
-            &self.entry.sent,
-            &activity,
-        );
-        let outcome = tokio::select! {
+        let (client, upstream) = (split(client), split(self.upstream.0));
+        let up = copy(early, client.0, upstream.1, &entry.received, &activity);
+        let early = self.upstream.1;
+        let down = copy(early, upstream.0, client.1, &entry.sent, &activity);
+        let error = tokio::select! {
             biased;
-            outcome = async { tokio::try_join!(up, down) } => outcome.map(drop),
-            () = activity.falls_silent(shutdown) => match shutdown.is_triggered() {
-                true => Ok(()),
-                false => Err(io::Error::other("one side closed and the other did not")),
-            },
+            outcome = async { tokio::try_join!(up, down) } => outcome.err(),
+            () = activity.falls_silent(shutdown) => {
+                let error = io::Error::other("one side closed and the other did not");
+                Some(error).filter(|_| !shutdown.is_triggered())
+            }
         };
-        let error = outcome.err().map(|error| error.to_string());
-        self.entry.error.replace(error.map(Into::into));
+        entry.error.set(error.map(|error| error.to_string().into()));
     }
 }
 
@@ -70,18 +60,14 @@ struct Activity {
 }
 
 impl Activity {
-    /// Returns once a side has closed or shutdown has started, and [`SILENCE_LIMIT`] has passed without activity.
+    /// Returns once a side has closed or shutdown has started, and [`MAX_SILENCE`] has passed without activity.
     async fn falls_silent(&self, shutdown: &Shutdown) {
         tokio::select! {
             () = self.closed.notified() => {}
             () = shutdown.wait() => {}
         }
-        while let Some(last) = self
-            .last
-            .get()
-            .filter(|last| last.elapsed() < SILENCE_LIMIT)
-        {
-            sleep_until(last + SILENCE_LIMIT).await;
+        while let Some(last) = self.last.get().filter(|last| last.elapsed() < MAX_SILENCE) {
+            sleep_until(last + MAX_SILENCE).await;
         }
     }
 }
@@ -97,7 +83,17 @@ async fn copy(
 ) -> io::Result<()> {
     loop {
         count.set(count.get() + data.len());
-        write(&mut to, data, activity).await?;
+        activity.last.set(Some(Instant::now()));
+        while !data.is_empty() {
+            if to.write_buf(&mut data).await? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            activity.last.set(Some(Instant::now()));
+        }
+        // It may be a part of the whole buffer that hyper has read into.
+        drop(data);
+        // TLS holds back what isn't flushed.
+        to.flush().await?;
         data = read(&mut from).await?;
         if data.is_empty() {
             break;
@@ -106,24 +102,6 @@ async fn copy(
     activity.last.set(Some(Instant::now()));
     activity.closed.notify_one();
     to.shutdown().await
-}
-
-/// Writes all of `data`, and frees it: it may be a part of the whole buffer that hyper has read into.
-async fn write(
-    to: &mut (impl AsyncWrite + Unpin),
-    mut data: Bytes,
-    activity: &Activity,
-) -> io::Result<()> {
-    loop {
-        activity.last.set(Some(Instant::now()));
-        if data.is_empty() {
-            // TLS holds back what isn't flushed.
-            return to.flush().await;
-        }
-        if to.write_buf(&mut data).await? == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-    }
 }
 
 /// Reads what has come; nothing at the end.
@@ -156,8 +134,7 @@ mod tests {
         let (mut client, inner_client) = duplex(100);
         let (mut upstream, inner_upstream) = duplex(100);
         let tunnel = Tunnel {
-            upstream: Box::new(inner_upstream),
-            early: Bytes::new(),
+            upstream: (Box::new(inner_upstream), Bytes::new()),
             entry: Rc::new(AccessLogEntry::new(None)),
         };
         let shutdown = Shutdown::default();

@@ -20,7 +20,7 @@ use tokio::task::yield_now;
 
 use self::authorizing_stream::RequestPrefix;
 pub(crate) use self::connection::{BodyError, RequestBody, UpstreamConnection};
-pub(crate) use self::connector::{Connector, Stream};
+pub(crate) use self::connector::{Connector, Io, Stream};
 use self::pool::Pool;
 use crate::{error::ErrorReply, key::Credential};
 
