@@ -159,8 +159,7 @@ fn to_json(head: &Value, body: &[u8]) -> String {
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut options = File::options();
     options.write(true).create_new(true).mode(0o600);
-    let mut file = options.open(path)?;
-    let written = file.write_all(text.as_bytes());
+    let written = options.open(path)?.write_all(text.as_bytes());
     written.inspect_err(|_| drop(fs::remove_file(path)))
 }
 

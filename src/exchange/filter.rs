@@ -23,6 +23,7 @@ pub(crate) static TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
     "too_many_connections",
     "this user holds half of all connections, the most for one user: close some",
 );
+// What the other rejections say.
 const FROM_BROWSER: &str = "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected";
 const OTHER_HOST: &str = "the Host header must name this machine: localhost or a loopback address";
 const HOST_COUNT: &str = "an HTTP/1.1 request must have exactly one Host header";
@@ -81,10 +82,10 @@ pub(super) fn decide(request: &Parts, peer: Peer, allowed: Allowed) -> Result<Ro
     if length > Some(i64::MAX as u64) {
         return Err(ErrorReply::bad_request(LENGTH_TOO_LARGE));
     }
-    // An absolute-form target has a scheme and an authority. The path is compared byte for byte.
+    // Only an absolute-form target has a scheme, and one of an authority alone has no path. The path is
+    // compared byte for byte.
     let uri = &request.uri;
-    let is_origin_form = uri.authority().is_none() && uri.scheme().is_none();
-    let target = uri.path_and_query().filter(|_| is_origin_form);
+    let target = uri.path_and_query().filter(|_| uri.scheme().is_none());
     let is_handshake = allowed.websocket && is_handshake(request);
     match (&request.method, target.map(|target| target.as_str())) {
         (&Method::POST, Some(PATH)) => Ok(Route::Forward(Kind::Post)),
@@ -113,9 +114,8 @@ fn is_handshake(request: &Parts) -> bool {
 /// `localhost` or a loopback address, with or without a port.
 fn is_loopback_host(host: &HeaderValue) -> bool {
     let host = host.to_str().unwrap_or_default();
-    let is_port = |port: &str| port.parse::<NonZeroU16>().is_ok();
     let name = match host.rsplit_once(':') {
-        Some((name, port)) if is_port(port) => name,
+        Some((name, port)) if port.parse::<NonZeroU16>().is_ok() => name,
         _ => host,
     };
     let in_brackets = name.strip_prefix('[').and_then(|ip| ip.strip_suffix(']'));

@@ -99,8 +99,7 @@ impl Handler {
         let exchange = self.dumper.as_ref().map(Dumper::next_exchange);
         let begin = exchange.as_ref();
         let start = || json!({ "method": head.method.as_str(), "url": head.uri.to_string() });
-        let dump = begin.and_then(|begin| begin("request", start(), &head.headers));
-        upload.tap = Tap(dump);
+        upload.tap.0 = begin.and_then(|begin| begin("request", start(), &head.headers));
         let host = self.upstream.connector.target.host_header.clone();
         let headers = headers::for_upstream(head.headers, host, kind);
         let (connection, response) = self.upstream.send(kind, headers, Box::pin(upload)).await?;

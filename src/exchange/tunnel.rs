@@ -38,15 +38,14 @@ impl Tunnel {
         let up = copy(early, client.0, upstream.1, &entry.received, &activity);
         let early = self.upstream.1;
         let down = copy(early, upstream.0, client.1, &entry.sent, &activity);
+        let both = async { tokio::try_join!(up, down) };
+        let error = "one side closed and the other did not";
         let error = tokio::select! {
             biased;
-            outcome = async { tokio::try_join!(up, down) } => outcome.err(),
-            () = activity.falls_silent(shutdown) => {
-                let error = io::Error::other("one side closed and the other did not");
-                Some(error).filter(|_| !shutdown.is_triggered())
-            }
+            outcome = both => outcome.err().map(|error| error.to_string().into()),
+            () = activity.falls_silent(shutdown) => (!shutdown.is_triggered()).then(|| error.into()),
         };
-        entry.error.set(error.map(|error| error.to_string().into()));
+        entry.error.set(error);
     }
 }
 
