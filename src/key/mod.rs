@@ -3,24 +3,26 @@
 //! It lies in a page of its own and is never copied from there. Nothing here knows HTTP.
 
 pub(crate) mod environment;
-mod page;
 mod prompt;
 
 use std::io::{self, stdin};
 use std::{ffi::OsString, fs::File, ops::Range, os::fd::AsFd};
 
+use memmap2::{Mmap, MmapMut};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroize;
 
-use self::page::Page;
 use self::prompt::EchoGuard;
+
+/// The size of the key's page, in bytes; the kernel rounds it up to whole pages.
+const PAGE: usize = 4096;
 
 /// The header line up to the key (RFC 6750, section 2.1).
 const PREFIX: &[u8] = b"authorization: Bearer ";
 
-/// Some editors put it in front of UTF-8 text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+/// The most that is read from stdin, in bytes: what the page has room for behind the prefix.
+const MAX_INPUT: usize = PAGE - PREFIX.len();
 
 /// The keys that are accepted: ASCII letters, digits, and some other characters.
 #[derive(Clone, Copy)]
@@ -41,7 +43,7 @@ impl KeyRule {
     /// Bearer tokens (RFC 6750, section 2.1, `b68token`) that fit the page together with the header's name and
     /// CR LF. Some gateways also use `:` and `|`.
     pub const BEARER_TOKEN: Self = Self {
-        max_length: page::BYTES - PREFIX.len() - b"\r\n".len(),
+        max_length: MAX_INPUT - b"\r\n".len(),
         others: b"-._~+/:|=",
     };
 }
@@ -50,7 +52,9 @@ impl KeyRule {
 ///
 /// It can be neither cloned nor formatted. Dropping it wipes it.
 pub struct Credential {
-    page: Page,
+    /// The page, read-only; `None` only while it is dropped.
+    page: Option<Mmap>,
+    /// The length of the line at its start, in bytes.
     length: usize,
 }
 
@@ -89,33 +93,35 @@ impl Credential {
         rule: KeyRule,
         mut read: impl FnMut(&mut [u8]) -> io::Result<usize>,
     ) -> Result<Self, String> {
-        let (page, length) = Page::filled(|page| {
-            let (prefix, input) = page.split_at_mut(PREFIX.len());
-            prefix.copy_from_slice(PREFIX);
+        let mut page = locked_page().map_err(|error| {
+            format!("cannot lock a page of memory for the key: {error}; raise RLIMIT_MEMLOCK")
+        })?;
+        let (prefix, input) = page.split_at_mut(PREFIX.len());
+        prefix.copy_from_slice(PREFIX);
+        let mut find = || {
             let mut filled = 0;
-            let mut line_end = None;
-            while line_end.is_none() && filled < input.len() {
+            while filled < MAX_INPUT && !input[..filled].contains(&b'\n') {
                 match read(&mut input[filled..]) {
                     Ok(0) => break,
                     Ok(count) => filled += count,
                     Err(error) => return Err(format!("cannot read the key from stdin: {error}")),
                 }
-                line_end = input[..filled].iter().position(|&byte| byte == b'\n');
             }
-            let is_cut = line_end.is_none() && filled == input.len();
-            let key = find_key(rule, &input[..line_end.unwrap_or(filled)], is_cut)?;
-            let end = key.len();
-            input.copy_within(key, 0);
-            input[end..].zeroize();
-            input[end..end + 2].copy_from_slice(b"\r\n");
-            Ok(PREFIX.len() + end + 2)
-        })?;
+            find_key(rule, &input[..filled])
+        };
+        let key = find().inspect_err(|_| input.zeroize())?;
+        let length = PREFIX.len() + key.len() + 2;
+        input.copy_within(key, 0);
+        page[length - 2..].zeroize();
+        page[length - 2..length].copy_from_slice(b"\r\n");
+        let page = page.make_read_only().map(Some);
+        let page = page.map_err(|error| format!("cannot make the key read-only: {error}"))?;
         Ok(Self { page, length })
     }
 
     /// The line. The caller must write the bytes to the wire and keep no copy.
     pub fn header_line(&self) -> &[u8] {
-        &self.page.bytes()[..self.length]
+        &self.page.as_deref().unwrap_or_default()[..self.length]
     }
 
     /// Overwrites the key wherever the environment contains it and returns the variables' names.
@@ -123,7 +129,7 @@ impl Credential {
     /// Such a key is a second copy, and root can read it in `/proc/PID/environ`. To be called only while there
     /// is one thread.
     pub fn scrub_environment(&self) -> Vec<OsString> {
-        let key = &self.header_line()[PREFIX.len()..self.length - 2];
+        let key = self.header_line()[PREFIX.len()..].trim_ascii_end();
         environment::visit_variables(|_, value| {
             let mut is_found = false;
             while let Some(at) = value.windows(key.len()).position(|window| window == key) {
@@ -135,49 +141,67 @@ impl Credential {
     }
 }
 
+impl Drop for Credential {
+    fn drop(&mut self) {
+        if let Some(Ok(mut page)) = self.page.take().map(Mmap::make_mut) {
+            page.zeroize();
+        }
+    }
+}
+
+/// Maps a zeroed page, locks it (mlock(2)) and excludes it from core dumps and forks (madvise(2)).
+fn locked_page() -> io::Result<MmapMut> {
+    let page = MmapMut::map_anon(PAGE)?;
+    page.lock()?;
+    // macOS writes no core dump here (`RLIMIT_CORE` is zero), and this program never forks.
+    #[cfg(target_os = "linux")]
+    for advice in [memmap2::Advice::DontDump, memmap2::Advice::DontFork] {
+        page.advise(advice)?;
+    }
+    Ok(page)
+}
+
 /// read(2) without a buffer of std's in between. Retries when interrupted, and waits if the descriptor is
 /// non-blocking.
 fn read_stdin(buffer: &mut [u8]) -> io::Result<usize> {
+    let stdin = stdin();
+    let mut wait = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     loop {
-        match nix::unistd::read(stdin(), buffer) {
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => {
-                let stdin = stdin();
-                let mut wait = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-                let _ = poll(&mut wait, PollTimeout::NONE);
-            }
+        match nix::unistd::read(&stdin, buffer) {
+            Err(Errno::EINTR | Errno::EAGAIN) => _ = poll(&mut wait, PollTimeout::NONE),
             outcome => return Ok(outcome?),
         }
     }
 }
 
-/// The range of `line` that is the key. A line that is cut off is longer than the page.
-fn find_key(rule: KeyRule, line: &[u8], is_cut: bool) -> Result<Range<usize>, String> {
-    let text = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
+/// The range of the key in `input`: the first line without a byte order mark and white space around it.
+fn find_key(rule: KeyRule, input: &[u8]) -> Result<Range<usize>, String> {
+    let end = input.iter().position(|&byte| byte == b'\n');
+    let line = &input[..end.unwrap_or(input.len())];
+    // Some editors put a byte order mark in front of UTF-8 text.
+    let text = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
     let start = line.len() - text.trim_ascii_start().len();
     let key = text.trim_ascii();
-    if key.is_empty() {
-        return Err("no key on stdin: pipe one in, as in `printenv OPENAI_API_KEY | codex-responses-api-proxy`".into());
-    }
-    let max = rule.max_length;
-    if is_cut || key.len() > max {
-        return Err(format!(
-            "the key on stdin is longer than {max} bytes: check that it is only the key that is piped in"
-        ));
-    }
+    let KeyRule { max_length, others } = rule;
     let mut from_equals = key.iter().skip_while(|&&byte| byte != b'=');
-    if from_equals.any(|&byte| byte != b'=') {
-        return Err("stdin contains NAME=value: pipe in the bare key, without a name".into());
-    }
-    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || rule.others.contains(byte);
-    if !key.iter().all(is_allowed) || key[0] == b'=' {
-        let others = rule.others.escape_ascii();
-        return Err(format!(
+    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || others.contains(byte);
+    let error = if key.is_empty() {
+        "no key on stdin: pipe it in (`printenv OPENAI_API_KEY | codex-responses-api-proxy`)".into()
+    } else if line.len() == MAX_INPUT || key.len() > max_length {
+        // A line that fills the page may go on behind it.
+        format!("the key on stdin is longer than {max_length} bytes: pipe in nothing but the key")
+    } else if from_equals.any(|&byte| byte != b'=') {
+        "stdin contains NAME=value: pipe in the bare key, without a name".into()
+    } else if !key.iter().all(is_allowed) || key[0] == b'=' {
+        let others = others.escape_ascii();
+        format!(
             "the key on stdin has a character other than ASCII letters, digits and {others}: check that it is \
              only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's"
-        ));
-    }
-    Ok(start..start + key.len())
+        )
+    } else {
+        return Ok(start..start + key.len());
+    };
+    Err(error)
 }
 
 #[cfg(test)]
@@ -285,7 +309,7 @@ mod tests {
             let line = [b"authorization: Bearer ", key, b"\r\n"].concat();
             assert_eq!(credential.header_line(), line, "{name}");
             assert!(
-                credential.page.bytes()[credential.length..]
+                credential.page.as_deref().unwrap()[credential.length..]
                     .iter()
                     .all(|&byte| byte == 0),
                 "{name}: leftovers"

@@ -4,8 +4,6 @@ use std::io::{IsTerminal, Write, stderr, stdin};
 
 use nix::sys::termios::{self, LocalFlags, SetArg, SpecialCharacterIndices, Termios};
 
-const PROMPT: &[u8] = b"OpenAI API key (not shown): ";
-
 /// Keeps the echo of the terminal on stdin off until it is dropped.
 pub(super) struct EchoGuard(Termios);
 
@@ -25,7 +23,7 @@ impl EchoGuard {
         let interrupt = quiet.control_chars[SpecialCharacterIndices::VINTR as usize];
         quiet.control_chars[SpecialCharacterIndices::VEOL as usize] = interrupt;
         termios::tcsetattr(stdin(), SetArg::TCSAFLUSH, &quiet)?;
-        let _ = stderr().write_all(PROMPT);
+        let _ = stderr().write_all(b"OpenAI API key (not shown): ");
         Ok(Some(Self(before)))
     }
 }
