@@ -1,11 +1,12 @@
 //! Listening socket and admission.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::net::{self, Ipv4Addr};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::{
-    cell::RefCell, collections::HashMap, io, net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration,
+    cell::RefCell, collections::HashMap, error::Error, io, rc::Rc, sync::Arc, time::Duration,
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
 use nix::sys::socket::sockopt::{AcceptConn, SockType};
 use nix::sys::socket::{self, Backlog, getsockopt};
 use sd_notify::NotifyState;
@@ -28,13 +29,6 @@ const DENIED_TIMEOUT: Duration = Duration::from_secs(5);
 /// Descriptors that are never used for slots: standard streams, listener, event loop, name service, dumps.
 const RESERVED_DESCRIPTORS: usize = 24 + MAX_DENIED;
 
-/// How many connections may wait to be accepted: as many as the system allows (net.core.somaxconn). std's 128
-/// are too few for a burst: the kernel drops the others' handshakes, and they try again only after a second.
-#[cfg(target_os = "linux")]
-const BACKLOG: Backlog = Backlog::MAXALLOWABLE;
-#[cfg(not(target_os = "linux"))]
-const BACKLOG: Backlog = Backlog::MAXCONN;
-
 /// How long to wait after a failed accept, mostly for want of descriptors or memory. Trying again at once
 /// would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -42,74 +36,62 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long open streams may go on after shutdown has started.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one.
-pub(crate) fn open(port: Option<u16>) -> Result<std::net::TcpListener, String> {
-    let unusable = |error: io::Error| format!("cannot use the sockets in LISTEN_FDS: {error}");
-    let mut inherited = sd_notify::listen_fds().map_err(unusable)?;
-    let count = std::env::var_os("LISTEN_FDS").unwrap_or_default();
-    if inherited.len() == 0 && !count.is_empty() && count != "0" {
-        log!(
-            "LISTEN_FDS is set for another process (LISTEN_PID): its sockets are not used; in a shell, start the proxy with exec"
-        );
+/// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one on 127.0.0.1.
+pub(crate) fn open(port: Option<u16>) -> Result<net::TcpListener, String> {
+    if let Some(inherited) = inherit(port).transpose() {
+        return inherited.map_err(|error| format!("cannot use LISTEN_FDS: {error}"));
     }
-    match (inherited.len(), inherited.next(), port) {
-        (0, ..) => bind(port.unwrap_or(0)),
-        (1, Some(fd), None) => adopt_inherited(fd).map_err(unusable),
-        (1, ..) => Err(
-            "systemd passes the socket (LISTEN_FDS): leave out --port, the socket unit sets it"
-                .into(),
-        ),
-        (count, ..) => Err(format!(
-            "LISTEN_FDS passes {count} sockets: configure exactly one"
-        )),
+    let foreign = std::env::var_os("LISTEN_FDS").unwrap_or_default();
+    if !foreign.is_empty() && foreign != "0" {
+        log!("LISTEN_FDS is for another process (LISTEN_PID) and not used; in a shell, use exec");
     }
-}
-
-/// Opens a listening socket on 127.0.0.1.
-fn bind(port: u16) -> Result<std::net::TcpListener, String> {
+    let port = port.unwrap_or(0);
     // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port));
-    let listener = listener.map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            format!("port {port} on 127.0.0.1 is taken: choose another --port, or leave it out")
-        }
-        _ => format!("cannot listen on 127.0.0.1 port {port}: {error}"),
+    let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
+        format!("cannot listen on 127.0.0.1 port {port}: {error}; choose another --port, or leave it out")
     })?;
+    // As many connections may wait to be accepted as Linux allows (net.core.somaxconn). std's 128 are too few
+    // for a burst: the kernel drops the others' handshakes, and they try again only after a second.
+    let backlog = Backlog::new(-1).unwrap_or(Backlog::MAXCONN);
     // It listens already; this can fail only where that would have.
-    let _ = socket::listen(&listener, BACKLOG);
+    let _ = socket::listen(&listener, backlog);
     Ok(listener)
 }
 
-/// Takes over a socket passed to this process (sd_listen_fds(3)), if it listens on loopback.
+/// Takes over the socket passed to this process (sd_listen_fds(3)), if it listens on loopback.
 #[allow(unsafe_code)]
-fn adopt_inherited(fd: RawFd) -> io::Result<std::net::TcpListener> {
+fn inherit(port: Option<u16>) -> Result<Option<net::TcpListener>, Box<dyn Error>> {
+    let mut inherited = sd_notify::listen_fds()?;
+    let fd = match (inherited.next(), inherited.len(), port) {
+        (None, ..) => return Ok(None),
+        (Some(fd), 0, None) => fd,
+        (Some(_), 0, Some(_)) => return Err("leave out --port, the socket unit sets it".into()),
+        _ => return Err("it passes several sockets: configure exactly one".into()),
+    };
     // SAFETY: by sd_listen_fds(3) the descriptor is open and this process's to use, since LISTEN_PID was
     // checked to be its own; it is taken once, here. If it isn't open after all, all that follows fails.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let is_stream = getsockopt(&socket, SockType)? == socket::SockType::Stream;
     if !is_stream || !getsockopt(&socket, AcceptConn)? {
-        return Err(io::Error::other("it is not a listening stream socket"));
+        return Err("it is not a listening stream socket".into());
     }
-    let listener = std::net::TcpListener::from(socket);
-    match listener.local_addr()?.ip().is_loopback() {
-        true => Ok(listener),
-        false => Err(io::Error::other(
-            "it listens beyond loopback, where others could use the key",
-        )),
+    let listener = net::TcpListener::from(socket);
+    if !listener.local_addr()?.ip().is_loopback() {
+        return Err("it listens beyond loopback, where others could use the key".into());
     }
+    Ok(Some(listener))
 }
 
 /// Raises `RLIMIT_NOFILE` to its hard limit. Gives the number of slots that it is enough for: each may
 /// need one descriptor for the client and one for the upstream.
 pub(crate) fn raise_fd_limit() -> usize {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
-    let is_raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
-    let limit = if is_raised { hard } else { soft };
+    let (soft, hard) = getrlimit(RLIMIT_NOFILE).unwrap_or_default();
+    let limit = setrlimit(RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
     let descriptors = usize::try_from(limit).unwrap_or(usize::MAX);
     (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 2).clamp(1, MAX_CONNECTIONS)
 }
 
-/// Accepts clients until shutdown starts, then waits for those with open requests, at most 30 s, and
+/// Serves clients until shutdown starts, then waits for those with open requests, at most 30 s, and
 /// closes the rest.
 ///
 /// When all slots are taken, new connections wait in the kernel's queue. They are not refused, since a
@@ -120,19 +102,29 @@ pub(crate) async fn run(
     max_connections: usize,
     handler: &Rc<Handler>,
 ) {
+    let slots = Arc::new(Semaphore::new(max_connections));
     let admission = Rc::new(Admission {
         max_share: max_connections.div_ceil(if check.is_some() { 2 } else { 1 }),
         check,
         shares: RefCell::default(),
-        slots: Arc::new(Semaphore::new(max_connections)),
         denied_slots: Semaphore::new(MAX_DENIED),
         handler: Rc::clone(handler),
     });
     let mut connections = JoinSet::new();
+    let admitting = async {
+        loop {
+            let permit = Arc::clone(&slots).acquire_owned().await;
+            // Frees the memory of those that have ended.
+            while connections.try_join_next().is_some() {}
+            let stream = accept(&listener).await;
+            let admission = Rc::clone(&admission);
+            connections.spawn_local(async move { admission.admit(stream, permit).await });
+        }
+    };
     tokio::select! {
         biased;
         () = handler.shutdown.wait() => {}
-        () = accept(&listener, &admission, &mut connections) => {}
+        () = admitting => {}
     }
     drop(listener);
     notify_systemd(&NotifyState::Stopping);
@@ -141,21 +133,14 @@ pub(crate) async fn run(
     connections.shutdown().await;
 }
 
-/// Never returns.
-async fn accept(listener: &TcpListener, admission: &Rc<Admission>, connections: &mut JoinSet<()>) {
+/// The next connection, from this machine.
+async fn accept(listener: &TcpListener) -> TcpStream {
     let mut is_failing = false;
     loop {
-        let permit = Arc::clone(&admission.slots).acquire_owned().await;
-        // Frees the memory of those that have ended.
-        while connections.try_join_next().is_some() {}
         match listener.accept().await {
+            Ok((stream, peer)) if peer.ip().to_canonical().is_loopback() => return stream,
             // Where `route_localnet` is on, neighbouring hosts can reach 127.0.0.1.
-            Ok((_, peer)) if !peer.ip().to_canonical().is_loopback() => {}
-            Ok((stream, _)) => {
-                is_failing = false;
-                let admission = Rc::clone(admission);
-                connections.spawn_local(async move { admission.admit(stream, permit).await });
-            }
+            Ok(_) => {}
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
@@ -175,7 +160,6 @@ struct Admission {
     max_share: usize,
     /// For each user seen so far, a counter that each of the user's connections holds.
     shares: RefCell<HashMap<Option<u32>, Rc<()>>>,
-    slots: Arc<Semaphore>,
     denied_slots: Semaphore,
     handler: Rc<Handler>,
 }
