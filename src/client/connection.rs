@@ -1,9 +1,8 @@
 //! One client connection: hyper's server, and closing the connection so that no response is lost.
 
-use std::{convert::Infallible, io, pin::Pin, rc::Rc, time::Duration};
+use std::{io, pin::Pin, rc::Rc, time::Duration};
 
-use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Version, server::conn::http1::Builder, service::service_fn};
+use hyper::{Version, body::Bytes, server::conn::http1::Builder, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
@@ -18,8 +17,8 @@ use crate::{log, sock_diag::SockDiag};
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a connection that has sent no request yet may still do so once shutdown has started: the
-/// client connected in the belief that it would be served.
-const FIRST_REQUEST_GRACE: Duration = Duration::from_millis(500);
+/// client connected in the belief that it would be served. [`Close::Linger`] reads on no longer then.
+const SHUTDOWN_GRACE: Duration = Duration::from_millis(500);
 
 /// How long [`Close::Linger`] reads on, and [`Close::Reset`] waits.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,7 +48,7 @@ fn close_mode(outcome: &hyper::Result<()>, state: &ConnectionState) -> Close {
 }
 
 /// Serves one client until either side is done.
-pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Rc<Handler>) {
+pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Handler) {
     // Without it, events wait for the acknowledgement of those before them (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let state = Rc::new(ConnectionState::default());
@@ -58,9 +57,7 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Rc<Handler>) 
         // Boxed, so that only tunnels have its memory.
         return Box::pin(tunnel.run(stream, early, &handler.shutdown)).await;
     }
-    if let Err(error) = outcome.as_ref()
-        && error.is_parse()
-    {
+    if let Some(error) = outcome.as_ref().err().filter(|error| error.is_parse()) {
         // hyper has responded, or to HTTP/2 just closed.
         let status = if error.is_parse_too_large() { 431 } else { 400 };
         log::rejection(peer.uid, status, &error.to_string());
@@ -74,10 +71,8 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Rc<Handler>) 
         Close::Linger => {
             // hyper shuts the stream down only after a response of its own.
             let _ = stream.shutdown().await;
-            let limit = match handler.shutdown.is_triggered() {
-                true => FIRST_REQUEST_GRACE,
-                false => LINGER_TIMEOUT,
-            };
+            let grace = handler.shutdown.is_triggered().then_some(SHUTDOWN_GRACE);
+            let limit = grace.unwrap_or(LINGER_TIMEOUT);
             // Boxed, so that only lingering connections have its buffer.
             let _ = timeout(limit, Box::pin(copy(&mut stream, &mut sink()))).await;
         }
@@ -100,17 +95,11 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     peer: Peer,
     state: &Rc<ConnectionState>,
-    handler: &Rc<Handler>,
+    handler: &Handler,
 ) -> (S, Bytes, hyper::Result<()>) {
-    let service = service_fn(|request: Request<Incoming>| {
-        let (state, handler) = (Rc::clone(state), Rc::clone(handler));
-        // Boxed, since it is large, and gone once the response has begun.
-        Box::pin(async move { Ok::<_, Infallible>(handler.handle(peer, state, request).await) })
-    });
-    let stream = FlushNoting {
-        stream,
-        state: Rc::clone(state),
-    };
+    // Boxed, since it is large, and gone once the response has begun.
+    let service = service_fn(|request| Box::pin(handler.handle(peer, state, request)));
+    let stream = FlushNoting { stream, state };
     let mut connection = Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -119,24 +108,22 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
         .max_buf_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
-    let running = async {
+    let outcome = 'served: {
         tokio::select! {
             biased;
-            outcome = &mut connection => return outcome,
+            outcome = &mut connection => break 'served outcome,
             () = handler.shutdown.wait() => {}
         }
         if state.version.get().is_none() {
-            match timeout(FIRST_REQUEST_GRACE, &mut connection).await {
-                Ok(outcome) => return outcome,
-                Err(_) if state.version.get().is_none() => return Ok(()),
-                Err(_) => {}
+            let outcome = timeout(SHUTDOWN_GRACE, &mut connection).await;
+            if outcome.is_ok() || state.version.get().is_none() {
+                break 'served outcome.unwrap_or(Ok(()));
             }
         }
         // A request in flight may finish; an idle connection closes.
         Pin::new(&mut connection).graceful_shutdown();
         (&mut connection).await
     };
-    let outcome = running.await;
     let parts = connection.into_parts();
     (parts.io.into_inner().stream, parts.read_buf, outcome)
 }

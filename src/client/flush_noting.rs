@@ -1,31 +1,29 @@
 //! A client's stream that notes when all that was written to it has been flushed.
 
-use std::io::{IoSlice, Result};
 use std::task::{Context, Poll, ready};
-use std::{pin::Pin, rc::Rc};
+use std::{io::IoSlice, pin::Pin};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::exchange::ConnectionState;
 
+/// What the methods return.
+type IoPoll<T> = Poll<std::io::Result<T>>;
+
 /// A stream and the state of its connection.
-pub(super) struct FlushNoting<S> {
+pub(super) struct FlushNoting<'a, S> {
     pub(super) stream: S,
-    pub(super) state: Rc<ConnectionState>,
+    pub(super) state: &'a ConnectionState,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for FlushNoting<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+impl<S: AsyncRead + Unpin> AsyncRead for FlushNoting<'_, S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> IoPoll<()> {
+        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for FlushNoting<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<Result<usize>> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for FlushNoting<'_, S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> IoPoll<usize> {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 
@@ -33,7 +31,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for FlushNoting<S> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
-    ) -> Poll<Result<usize>> {
+    ) -> IoPoll<usize> {
         self.state.begin_write();
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
@@ -42,13 +40,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for FlushNoting<S> {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> IoPoll<()> {
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
         self.state.end_write();
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> IoPoll<()> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

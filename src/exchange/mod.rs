@@ -9,7 +9,7 @@ mod filter;
 mod headers;
 mod tunnel;
 
-use std::rc::Rc;
+use std::{convert::Infallible, rc::Rc};
 
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Incoming};
@@ -42,9 +42,9 @@ impl Handler {
     pub(crate) async fn handle(
         &self,
         peer: Peer,
-        state: Rc<ConnectionState>,
+        state: &Rc<ConnectionState>,
         request: Request<Incoming>,
-    ) -> Response<ResponseBody> {
+    ) -> Result<Response<ResponseBody>, Infallible> {
         let (head, mut body) = request.into_parts();
         let version = head.version;
         state.version.set(Some(version));
@@ -66,7 +66,7 @@ impl Handler {
                 let entry = Rc::new(AccessLogEntry::new(peer.uid));
                 let upload = Upload {
                     body,
-                    state: Rc::clone(&state),
+                    state: Rc::clone(state),
                     entry: Rc::clone(&entry),
                     tap: Tap(None),
                     stalled: None,
@@ -90,7 +90,7 @@ impl Handler {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
         }
-        response
+        Ok(response)
     }
 
     /// Forwards a request with this body.
