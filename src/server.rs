@@ -9,7 +9,7 @@ use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::task::spawn_local;
 
 use crate::cli::Arguments;
-use crate::client::listener::{self, raise_fd_limit};
+use crate::client::listener;
 use crate::exchange::{Allowed, Handler, dump::Dumper};
 use crate::key::{Credential, KeyRule};
 use crate::upstream::outbound_proxy::outbound_proxy;
@@ -112,7 +112,7 @@ impl Server {
             });
             log!("listening on http://{}", self.address);
             log::notify_systemd(&NotifyState::Ready);
-            listener::run(self.listener, self.peer_check, raise_fd_limit(), &handler).await;
+            listener::run(self.listener, self.peer_check, &handler).await;
             if let Some(dumper) = &handler.dumper {
                 dumper.finish().await;
             }

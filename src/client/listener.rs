@@ -1,15 +1,10 @@
 //! Listening socket and admission.
 
-use std::net::{self, Ipv4Addr};
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::{
-    cell::RefCell, collections::HashMap, error::Error, io, rc::Rc, sync::Arc, time::Duration,
-};
+use std::{cell::RefCell, collections::HashMap, error::Error, io, net, os::fd::FromRawFd};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
-use nix::sys::socket::sockopt::{AcceptConn, SockType};
-use nix::sys::socket::{self, Backlog, getsockopt};
-use sd_notify::NotifyState;
+use nix::sys::socket::{Backlog, SockType, getsockopt, listen, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
@@ -39,7 +34,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// The listening socket: the one that systemd holds for us (sd_listen_fds(3)), or a new one on 127.0.0.1.
 pub(crate) fn open(port: Option<u16>) -> Result<net::TcpListener, String> {
     if let Some(inherited) = inherit(port).transpose() {
-        return inherited.map_err(|error| format!("cannot use LISTEN_FDS: {error}"));
+        return inherited.map_err(|error| format!("cannot use LISTEN_FDS's sockets: {error}"));
     }
     let foreign = std::env::var_os("LISTEN_FDS").unwrap_or_default();
     if !foreign.is_empty() && foreign != "0" {
@@ -47,14 +42,14 @@ pub(crate) fn open(port: Option<u16>) -> Result<net::TcpListener, String> {
     }
     let port = port.unwrap_or(0);
     // std sets SO_REUSEADDR, so that a port can be bound again while former connections linger.
-    let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
+    let listener = net::TcpListener::bind((net::Ipv4Addr::LOCALHOST, port)).map_err(|error| {
         format!("cannot listen on 127.0.0.1 port {port}: {error}; choose another --port, or leave it out")
     })?;
     // As many connections may wait to be accepted as Linux allows (net.core.somaxconn). std's 128 are too few
     // for a burst: the kernel drops the others' handshakes, and they try again only after a second.
     let backlog = Backlog::new(-1).unwrap_or(Backlog::MAXCONN);
     // It listens already; this can fail only where that would have.
-    let _ = socket::listen(&listener, backlog);
+    let _ = listen(&listener, backlog);
     Ok(listener)
 }
 
@@ -66,25 +61,24 @@ fn inherit(port: Option<u16>) -> Result<Option<net::TcpListener>, Box<dyn Error>
         (None, ..) => return Ok(None),
         (Some(fd), 0, None) => fd,
         (Some(_), 0, Some(_)) => return Err("leave out --port, the socket unit sets it".into()),
-        _ => return Err("it passes several sockets: configure exactly one".into()),
+        (_, more, _) => return Err(format!("{more} too many, configure exactly one").into()),
     };
     // SAFETY: by sd_listen_fds(3) the descriptor is open and this process's to use, since LISTEN_PID was
     // checked to be its own; it is taken once, here. If it isn't open after all, all that follows fails.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let is_stream = getsockopt(&socket, SockType)? == socket::SockType::Stream;
-    if !is_stream || !getsockopt(&socket, AcceptConn)? {
+    let socket = unsafe { net::TcpListener::from_raw_fd(fd) };
+    let is_stream = getsockopt(&socket, sockopt::SockType)? == SockType::Stream;
+    if !is_stream || !getsockopt(&socket, sockopt::AcceptConn)? {
         return Err("it is not a listening stream socket".into());
     }
-    let listener = net::TcpListener::from(socket);
-    if !listener.local_addr()?.ip().is_loopback() {
+    if !socket.local_addr()?.ip().is_loopback() {
         return Err("it listens beyond loopback, where others could use the key".into());
     }
-    Ok(Some(listener))
+    Ok(Some(socket))
 }
 
 /// Raises `RLIMIT_NOFILE` to its hard limit. Gives the number of slots that it is enough for: each may
 /// need one descriptor for the client and one for the upstream.
-pub(crate) fn raise_fd_limit() -> usize {
+fn raise_fd_limit() -> usize {
     let (soft, hard) = getrlimit(RLIMIT_NOFILE).unwrap_or_default();
     let limit = setrlimit(RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
     let descriptors = usize::try_from(limit).unwrap_or(usize::MAX);
@@ -96,12 +90,8 @@ pub(crate) fn raise_fd_limit() -> usize {
 ///
 /// When all slots are taken, new connections wait in the kernel's queue. They are not refused, since a
 /// slot may be free in a moment.
-pub(crate) async fn run(
-    listener: TcpListener,
-    check: Option<PeerCheck>,
-    max_connections: usize,
-    handler: &Rc<Handler>,
-) {
+pub(crate) async fn run(listener: TcpListener, check: Option<PeerCheck>, handler: &Rc<Handler>) {
+    let max_connections = raise_fd_limit();
     let slots = Arc::new(Semaphore::new(max_connections));
     let admission = Rc::new(Admission {
         max_share: max_connections.div_ceil(if check.is_some() { 2 } else { 1 }),
@@ -117,8 +107,7 @@ pub(crate) async fn run(
             // Frees the memory of those that have ended.
             while connections.try_join_next().is_some() {}
             let stream = accept(&listener).await;
-            let admission = Rc::clone(&admission);
-            connections.spawn_local(async move { admission.admit(stream, permit).await });
+            connections.spawn_local(Rc::clone(&admission).admit(stream, permit));
         }
     };
     tokio::select! {
@@ -127,7 +116,7 @@ pub(crate) async fn run(
         () = admitting => {}
     }
     drop(listener);
-    notify_systemd(&NotifyState::Stopping);
+    notify_systemd(&sd_notify::NotifyState::Stopping);
     let all = async { while connections.join_next().await.is_some() {} };
     let _ = timeout(DRAIN_TIMEOUT, all).await;
     connections.shutdown().await;
@@ -166,7 +155,7 @@ struct Admission {
 
 impl Admission {
     /// Serves a client that has a slot, or gives the slot back and denies the client.
-    async fn admit(&self, stream: TcpStream, permit: impl Sized) {
+    async fn admit(self: Rc<Self>, stream: TcpStream, permit: impl Sized) {
         let (uid, is_allowed) = match &self.check {
             Some(check) => check.identify(&stream).await,
             None => (None, true),
@@ -207,7 +196,7 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let handler = Rc::clone(&proxy);
-            let running = spawn_local(async move { run(listener, None, 1, &handler).await });
+            let running = spawn_local(async move { run(listener, None, &handler).await });
             let mut client = TcpStream::connect(address).await.unwrap();
             let request = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
             client.write_all(request).await.unwrap();
