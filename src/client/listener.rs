@@ -45,11 +45,10 @@ pub(crate) fn open(port: Option<u16>) -> Result<net::TcpListener, String> {
     let listener = net::TcpListener::bind((net::Ipv4Addr::LOCALHOST, port)).map_err(|error| {
         format!("cannot listen on 127.0.0.1 port {port}: {error}; choose another --port, or leave it out")
     })?;
-    // As many connections may wait to be accepted as Linux allows (net.core.somaxconn). std's 128 are too few
-    // for a burst: the kernel drops the others' handshakes, and they try again only after a second.
-    let backlog = Backlog::new(-1).unwrap_or(Backlog::MAXCONN);
-    // It listens already; this can fail only where that would have.
-    let _ = listen(&listener, backlog);
+    // It listens already; this can fail only where that would have. As many connections may wait to be accepted
+    // as the system allows (-1 on Linux: net.core.somaxconn). std's 128 are too few for a burst: the kernel drops
+    // the others' handshakes, and they try again only after a second.
+    let _ = listen(&listener, Backlog::new(-1).unwrap_or(Backlog::MAXCONN));
     Ok(listener)
 }
 

@@ -13,8 +13,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroize;
 
-use self::prompt::EchoGuard;
-
 /// The size of the key's page, in bytes; the kernel rounds it up to whole pages.
 const PAGE: usize = 4096;
 
@@ -67,16 +65,16 @@ impl Credential {
     ///
     /// A message that says what to do and repeats nothing of what was read.
     pub fn from_stdin(rule: KeyRule) -> Result<Self, String> {
-        let echo = EchoGuard::disable_and_prompt().map_err(|error| {
+        let echo = prompt::EchoGuard::disable_and_prompt().map_err(|error| {
             format!("cannot turn the terminal's echo off: {error}; pipe the key in instead")
         })?;
         let mut is_over = false;
-        let credential = Self::read(rule, |buffer| {
+        // Owns the guard, so that the echo is on again once the key has been read.
+        let credential = Self::read(rule, move |buffer| {
             // A read from a terminal returns one line, whichever character ended it.
             let is_over = std::mem::replace(&mut is_over, echo.is_some());
             if is_over { Ok(0) } else { read_stdin(buffer) }
         })?;
-        drop(echo);
         File::open("/dev/null")
             .and_then(|null| Ok(nix::unistd::dup2_stdin(null)?))
             .map_err(|error| format!("cannot replace stdin by /dev/null: {error}"))?;
@@ -182,18 +180,17 @@ fn find_key(rule: KeyRule, input: &[u8]) -> Result<Range<usize>, String> {
     let text = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
     let start = line.len() - text.trim_ascii_start().len();
     let key = text.trim_ascii();
-    let KeyRule { max_length, others } = rule;
+    let (max, others) = (rule.max_length, rule.others.escape_ascii());
     let mut from_equals = key.iter().skip_while(|&&byte| byte != b'=');
-    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || others.contains(byte);
+    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || rule.others.contains(byte);
     let error = if key.is_empty() {
         "no key on stdin: pipe it in (`printenv OPENAI_API_KEY | codex-responses-api-proxy`)".into()
-    } else if line.len() == MAX_INPUT || key.len() > max_length {
+    } else if line.len() == MAX_INPUT || key.len() > max {
         // A line that fills the page may go on behind it.
-        format!("the key on stdin is longer than {max_length} bytes: pipe in nothing but the key")
+        format!("the key on stdin is longer than {max} bytes: pipe in nothing but the key")
     } else if from_equals.any(|&byte| byte != b'=') {
         "stdin contains NAME=value: pipe in the bare key, without a name".into()
     } else if !key.iter().all(is_allowed) || key[0] == b'=' {
-        let others = others.escape_ascii();
         format!(
             "the key on stdin has a character other than ASCII letters, digits and {others}: check that it is \
              only the key that is piped in, without quotes or spaces, and that --upstream-url is its provider's"

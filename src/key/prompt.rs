@@ -1,6 +1,6 @@
 //! Prompts for the key on a terminal without echoing it.
 
-use std::io::{IsTerminal, Write, stderr, stdin};
+use std::io::{Write, stderr, stdin};
 
 use nix::sys::termios::{self, LocalFlags, SetArg, SpecialCharacterIndices, Termios};
 
@@ -13,10 +13,9 @@ impl EchoGuard {
     /// Signals from the keyboard are off meanwhile: they would end the program with the echo still off.
     /// The interrupt character (Ctrl-C) ends the line instead, and no key contains it (termios(3), `VEOL`).
     pub(super) fn disable_and_prompt() -> nix::Result<Option<Self>> {
-        if !stdin().is_terminal() {
+        let Ok(before) = termios::tcgetattr(stdin()) else {
             return Ok(None);
-        }
-        let before = termios::tcgetattr(stdin())?;
+        };
         let mut quiet = before.clone();
         quiet.local_flags -= LocalFlags::ECHO | LocalFlags::ISIG;
         quiet.local_flags |= LocalFlags::ECHONL;
