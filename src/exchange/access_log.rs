@@ -35,6 +35,7 @@ impl AccessLogEntry {
     pub(super) fn fail(&self, reply: &ErrorReply) {
         self.status.set(reply.status.as_u16());
         let error = format!("{}: {}", reply.message, reply.detail);
+        let error = error.trim_end_matches(": ").to_owned();
         self.error.set(Some(error.into()));
     }
 }
