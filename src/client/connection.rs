@@ -39,10 +39,10 @@ enum Close {
 
 /// How to close a connection on which hyper's work ended like this.
 fn close_mode(outcome: &hyper::Result<()>, state: &ConnectionState) -> Close {
-    match (outcome, state.version.get()) {
+    match (outcome, state.version()) {
         (Err(error), Some(Version::HTTP_10)) if error.is_user() => Close::Reset,
         (Err(error), _) if error.is_parse() => Close::Linger,
-        (Ok(()), Some(_)) if !state.is_request_complete.get() => Close::Linger,
+        (Ok(()), Some(_)) if !state.is_request_complete() => Close::Linger,
         _ => Close::Immediate,
     }
 }
@@ -53,7 +53,7 @@ pub(super) async fn serve(stream: TcpStream, peer: Peer, handler: &Handler) {
     let _ = stream.set_nodelay(true);
     let state = Rc::new(ConnectionState::default());
     let (mut stream, early, outcome) = serve_http1(stream, peer, &state, handler).await;
-    if let (Some(tunnel), Ok(())) = (state.tunnel.take(), &outcome) {
+    if let (Some(tunnel), Ok(())) = (state.take_tunnel(), &outcome) {
         // Boxed, so that only tunnels have its memory.
         return Box::pin(tunnel.run(stream, early, &handler.shutdown)).await;
     }
@@ -114,9 +114,9 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
             outcome = &mut connection => break 'served outcome,
             () = handler.shutdown.wait() => {}
         }
-        if state.version.get().is_none() {
+        if state.version().is_none() {
             let outcome = timeout(SHUTDOWN_GRACE, &mut connection).await;
-            if outcome.is_ok() || state.version.get().is_none() {
+            if outcome.is_ok() || state.version().is_none() {
                 break 'served outcome.unwrap_or(Ok(()));
             }
         }

@@ -22,8 +22,6 @@ type FramePoll<E> = Poll<Option<Result<Frame<Bytes>, E>>>;
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request's body on its way to the upstream.
-///
-/// hyper takes its length from the header `Content-Length`.
 pub(super) struct Upload {
     pub(super) body: Incoming,
     pub(super) state: Rc<ConnectionState>,
@@ -47,12 +45,16 @@ impl Body for Upload {
         };
         this.stalled = None;
         let is_complete = frame.is_none() || this.body.is_end_stream();
-        this.state.is_request_complete.set(is_complete);
+        this.state.set_request_complete(is_complete);
         Poll::Ready(frame.map(|frame| Ok(pass(frame, &this.entry.received, &mut this.tap))))
     }
 
     fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -20,18 +20,45 @@ pub(crate) struct Peer {
 /// How far the connection's last request has come.
 #[derive(Default)]
 pub(crate) struct ConnectionState {
-    /// The version of the last request; `None` before the first.
-    pub(crate) version: Cell<Option<Version>>,
-    /// Whether the last request has come whole.
-    pub(crate) is_request_complete: Cell<bool>,
-    /// Once its response, a 101, has been flushed, the connection becomes this tunnel.
-    pub(crate) tunnel: Cell<Option<Tunnel>>,
+    version: Cell<Option<Version>>,
+    is_request_complete: Cell<bool>,
+    tunnel: Cell<Option<Tunnel>>,
     is_flushed: Cell<bool>,
     /// Wakes the body that waits for the flush.
     flush_waker: Cell<Option<Waker>>,
 }
 
 impl ConnectionState {
+    /// The next request has come, or at least its head.
+    pub(super) fn begin_request(&self, version: Version, is_complete: bool) {
+        self.version.set(Some(version));
+        self.set_request_complete(is_complete);
+    }
+
+    /// A part of the request's body has come, or its end.
+    pub(super) fn set_request_complete(&self, is_complete: bool) {
+        self.is_request_complete.set(is_complete);
+    }
+
+    /// The version of the last request; `None` before the first.
+    pub(crate) fn version(&self) -> Option<Version> {
+        self.version.get()
+    }
+
+    /// Whether the last request has come whole.
+    pub(crate) fn is_request_complete(&self) -> bool {
+        self.is_request_complete.get()
+    }
+
+    /// Once its response, a 101, has been flushed, the connection becomes this tunnel.
+    pub(super) fn set_tunnel(&self, tunnel: Tunnel) {
+        self.tunnel.set(Some(tunnel));
+    }
+
+    pub(crate) fn take_tunnel(&self) -> Option<Tunnel> {
+        self.tunnel.take()
+    }
+
     /// Something is being written to the client, or about to be.
     pub(crate) fn begin_write(&self) {
         self.is_flushed.set(false);

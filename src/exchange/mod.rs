@@ -47,8 +47,7 @@ impl Handler {
     ) -> Result<Response<ResponseBody>, Infallible> {
         let (head, mut body) = request.into_parts();
         let version = head.version;
-        state.version.set(Some(version));
-        state.is_request_complete.set(body.is_end_stream());
+        state.begin_request(version, body.is_end_stream());
         // hyper follows the chunks where there is a length, too: such a connection must be closed
         // (RFC 9112, section 6.1).
         let is_last = peer.denial.is_some()
@@ -59,7 +58,7 @@ impl Handler {
         // A client that waits for a 100 (Continue) has sent no body, and need not.
         if !is_forwarded && !is_last && !head.headers.contains_key(EXPECT) {
             drain_available(&mut body).await;
-            state.is_request_complete.set(body.is_end_stream());
+            state.set_request_complete(body.is_end_stream());
         }
         let outcome = match route {
             Ok(Route::Forward(kind)) => {
@@ -86,7 +85,7 @@ impl Handler {
         };
         let mut response = outcome.unwrap_or_else(|reply| reply.response().map(Either::Left));
         *response.version_mut() = version;
-        if is_last || !state.is_request_complete.get() || self.shutdown.is_triggered() {
+        if is_last || !state.is_request_complete() || self.shutdown.is_triggered() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
         }
@@ -110,7 +109,7 @@ impl Handler {
             let message = "the upstream switched protocols before the request's end (protocol)";
             let upgraded = connection.into_upgraded().await;
             let upstream = upgraded.ok_or(ErrorReply::bad_gateway(message))?;
-            state.tunnel.set(Some(Tunnel { upstream, entry }));
+            state.set_tunnel(Tunnel { upstream, entry });
             head.headers = headers::end_to_end(head.headers, &[CONTENT_LENGTH]);
             headers::switch_protocol(&mut head.headers);
             return Ok(Response::from_parts(head, Either::Left(Full::default())));
