@@ -3,7 +3,7 @@
 use std::{io, pin::Pin, rc::Rc, time::Duration};
 
 use hyper::{Version, body::Bytes, server::conn::http1::Builder, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -101,17 +101,17 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
     let service = service_fn(|request| Box::pin(handler.handle(peer, state, request)));
     let stream = FlushNoting { stream, state };
     let mut connection = Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES)
         .max_buf_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
+    state.begin_wait();
     let outcome = 'served: {
         tokio::select! {
             biased;
             outcome = &mut connection => break 'served outcome,
+            () = state.wait_exceeds(HEAD_TIMEOUT) => break 'served Ok(()),
             () = handler.shutdown.wait() => {}
         }
         if state.version().is_none() {
@@ -327,6 +327,17 @@ mod tests {
             both = both => both,
         };
         (came, begun.elapsed().as_millis())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connection_times_out_120_s_after_a_response() {
+        let request = "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let response = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+        let limit = Duration::from_secs(1000);
+        let outcome = timeout(limit, stalls(&[request], response)).await;
+        let (came, lasted) = outcome.expect("times out");
+        assert!(came.ends_with("\r\n\r\nok"), "{came}");
+        assert!((120_000..120_010).contains(&lasted), "{lasted} ms");
     }
 
     #[tokio::test(start_paused = true)]

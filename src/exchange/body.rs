@@ -77,6 +77,7 @@ impl Download {
     pub(super) fn release_at_end(&mut self, is_complete: bool) {
         if is_complete && let Some((upstream, connection)) = self.connection.take() {
             self.entry.error.take();
+            self.state.begin_wait();
             upstream.release(connection);
         }
     }

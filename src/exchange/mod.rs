@@ -84,6 +84,9 @@ impl Handler {
             }
         };
         let mut response = outcome.unwrap_or_else(|reply| reply.response().map(Either::Left));
+        if matches!(response.body(), Either::Left(_)) {
+            state.begin_wait();
+        }
         *response.version_mut() = version;
         if is_last || !state.is_request_complete() || self.shutdown.is_triggered() {
             let close = HeaderValue::from_static("close");
