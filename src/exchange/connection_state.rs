@@ -1,10 +1,10 @@
 //! State shared by a client connection and its current request.
 
+use std::cell::Cell;
 use std::task::{Context, Poll, Waker};
-use std::{cell::Cell, time::Duration};
 
 use hyper::Version;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
 use super::tunnel::Tunnel;
 use crate::error::ErrorReply;
@@ -23,7 +23,6 @@ pub(crate) struct Peer {
 pub(crate) struct ConnectionState {
     version: Cell<Option<Version>>,
     is_request_complete: Cell<bool>,
-    /// Since when the connection waits for a request; `None` while one is in progress.
     waiting_since: Cell<Option<Instant>>,
     tunnel: Cell<Option<Tunnel>>,
     is_flushed: Cell<bool>,
@@ -49,18 +48,9 @@ impl ConnectionState {
         self.waiting_since.set(Some(Instant::now()));
     }
 
-    /// Returns once the connection has waited for a head for so long.
-    ///
-    /// It has one timer, and whether a request came meanwhile is looked at when that fires. hyper's own would
-    /// be set anew for each request, which takes 2 % of a request's CPU.
-    pub(crate) async fn wait_exceeds(&self, limit: Duration) {
-        loop {
-            let since = self.waiting_since.get();
-            sleep_until(since.unwrap_or_else(Instant::now) + limit).await;
-            if since.is_some() && since == self.waiting_since.get() {
-                return;
-            }
-        }
+    /// Since when the connection waits for that; `None` while a request is in progress.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.waiting_since.get()
     }
 
     /// The version of the last request; `None` before the first.
