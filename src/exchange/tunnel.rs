@@ -52,7 +52,7 @@ impl Tunnel {
 /// The activity of both directions of a tunnel.
 #[derive(Default)]
 struct Activity {
-    /// When bytes were last read or written, or a side closed; `None` only at first.
+    /// When bytes were last written, or a side closed; `None` only before the tunnel begins.
     last: Cell<Option<Instant>>,
     /// One side has closed.
     closed: Notify,
@@ -80,9 +80,9 @@ async fn copy(
     count: &Cell<usize>,
     activity: &Activity,
 ) -> io::Result<()> {
+    activity.last.set(Some(Instant::now()));
     loop {
         count.set(count.get() + data.len());
-        activity.last.set(Some(Instant::now()));
         while !data.is_empty() {
             if to.write_buf(&mut data).await? == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
