@@ -7,7 +7,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::exchange::ConnectionState;
 
-/// What the methods return.
+/// The outcome of a method.
 type IoPoll<T> = Poll<std::io::Result<T>>;
 
 /// A stream and the state of its connection.

@@ -62,8 +62,8 @@ impl Dumper {
         let _ = timeout(FINISH_TIMEOUT, self.budget.acquire_many(BUDGET)).await;
     }
 
-    /// Names the two files of the next exchange. What is returned begins one for the given message; the
-    /// [`Value`] is what it says in addition to the headers. `None` if the budget does not suffice.
+    /// Names the two files of the next exchange. The returned function begins one, for the named message, with
+    /// a [`Value`] in addition to the headers. `None` if the budget does not suffice.
     pub(super) fn next_exchange(&self) -> impl Fn(&str, Value, &HeaderMap) -> Option<Dump> {
         let number = self.next.replace(self.next.get() + 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -90,7 +90,7 @@ impl Dumper {
     }
 }
 
-/// What a file will contain.
+/// The content of a file that is not written yet.
 pub(super) struct Dump {
     path: PathBuf,
     head: Value,

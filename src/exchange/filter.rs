@@ -23,7 +23,7 @@ pub(crate) static TOO_MANY_CONNECTIONS: ErrorReply = ErrorReply::new(
     "too_many_connections",
     "this user holds half of all connections, the most for one user: close some",
 );
-// What the other rejections say.
+// The messages of the other rejections.
 const FROM_BROWSER: &str = "this proxy serves local programs, not web pages: requests with an Origin or Sec-Fetch-Site header are rejected";
 const OTHER_HOST: &str = "the Host header must name this machine: localhost or a loopback address";
 const HOST_COUNT: &str = "an HTTP/1.1 request must have exactly one Host header";

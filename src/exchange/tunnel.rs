@@ -20,7 +20,7 @@ const MAX_SILENCE: Duration = Duration::from_secs(5);
 
 /// The upstream's side of a tunnel whose client still waits for the response to its handshake.
 pub(crate) struct Tunnel {
-    /// The stream, and what the upstream sent right behind its response.
+    /// The stream, and the bytes that the upstream sent right behind its response.
     pub(super) upstream: (Stream, Bytes),
     pub(super) entry: Rc<AccessLogEntry>,
 }
@@ -71,8 +71,8 @@ impl Activity {
     }
 }
 
-/// Copies `data`, then what comes from `from`. At its end, shuts `to` down: the other direction goes on, since
-/// the peer may still be sending.
+/// Copies `data`, then all that arrives from `from`. At its end, shuts `to` down: the other direction goes on,
+/// since the peer may still be sending.
 async fn copy(
     mut data: Bytes,
     mut from: impl AsyncRead + Unpin,
@@ -103,7 +103,7 @@ async fn copy(
     to.shutdown().await
 }
 
-/// Reads what has come; nothing at the end.
+/// Reads the bytes that have arrived; none at the end.
 async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
     let outcome = poll_fn(|cx| {
         let mut space = [const { MaybeUninit::uninit() }; READ_SIZE];

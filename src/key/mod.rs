@@ -19,7 +19,7 @@ const PAGE: usize = 4096;
 /// The header line up to the key (RFC 6750, section 2.1).
 const PREFIX: &[u8] = b"authorization: Bearer ";
 
-/// The most that is read from stdin, in bytes: what the page has room for behind the prefix.
+/// The most that is read from stdin, in bytes: the rest of the page behind the prefix.
 const MAX_INPUT: usize = PAGE - PREFIX.len();
 
 /// The keys that are accepted: ASCII letters, digits, and some other characters.

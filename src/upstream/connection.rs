@@ -28,8 +28,8 @@ pub(crate) type RequestBody = Pin<Box<dyn Body<Data = Bytes, Error = BodyError>>
 /// The sending end of a connection. Dropping it closes the connection.
 pub(crate) struct UpstreamConnection {
     http: SendRequest<RequestBody>,
-    /// Returns the stream when HTTP has ended on it, and what has been read behind the last response. A set,
-    /// since dropping it aborts the task.
+    /// Returns the stream when HTTP has ended on it, and the bytes read behind the last response. A set, since
+    /// dropping it aborts the task.
     task: JoinSet<(Stream, Bytes)>,
     state: Rc<StreamState>,
 }
