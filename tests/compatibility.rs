@@ -200,6 +200,16 @@ fn run_codex(codex: &str, proxy: &Proxy, settings: &str) -> String {
     run.stdout.trim().to_owned()
 }
 
+/// The output of Codex with these settings. Without Codex, the text of the response to its recorded request.
+fn run_or_replay(proxy: &Proxy, settings: &str, replay: fn(&Proxy) -> String) -> String {
+    let Some(codex) = find_codex() else {
+        let why = "no `codex` on PATH or in CODEX: a recorded request is replayed";
+        skip("running Codex through the proxy", why);
+        return replay(proxy);
+    };
+    run_codex(&codex, proxy, settings)
+}
+
 /// Sends the relevant parts of a request of codex-cli 0.169.0. Returns the words of the response.
 fn replay_post(proxy: &Proxy) -> String {
     let mut client = proxy.client();
@@ -221,14 +231,7 @@ fn codex_without_a_key_streams_through_the_proxy() {
         request.read_body()?;
         request.respond_with_events(&events(&WORDS))
     });
-    let printed = match find_codex() {
-        Some(codex) => run_codex(&codex, &proxy, ""),
-        None => {
-            let why = "no `codex` on PATH or in CODEX: a recorded request is replayed";
-            skip("running Codex through the proxy", why);
-            replay_post(&proxy)
-        }
-    };
+    let printed = run_or_replay(&proxy, "", replay_post);
     assert_eq!(printed, WORDS.concat());
     proxy.wait_for_request("request ", &[" status=200 "]);
     let log = proxy.stop().stderr;
@@ -288,14 +291,7 @@ fn codex_streams_over_a_websocket_through_the_proxy() {
     let (forward, requests) = channel();
     let upstream = Upstream::start(move |request| serve_websocket(request, &forward));
     let mut proxy = start_with_websocket(&upstream);
-    let printed = match find_codex() {
-        Some(codex) => run_codex(&codex, &proxy, ", supports_websockets = true"),
-        None => {
-            let why = "no `codex` on PATH or in CODEX: a recorded handshake is replayed";
-            skip("running Codex over a WebSocket", why);
-            replay_websocket(&proxy)
-        }
-    };
+    let printed = run_or_replay(&proxy, ", supports_websockets = true", replay_websocket);
     assert_eq!(printed, WORDS.concat());
     let [first, second] = [(); 2].map(|()| requests.recv().unwrap());
     assert_eq!(first["generate"], false);
