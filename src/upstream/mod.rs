@@ -144,8 +144,9 @@ pub(crate) fn is_only(headers: &HeaderMap, name: HeaderName, value: &str) -> Opt
 fn check_framing(kind: Kind, response: &mut Response<Incoming>) -> Result<(), ErrorReply> {
     let is_http_11 = response.version() == Version::HTTP_11;
     let is_switch = response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    let is_websocket = is_only(response.headers(), UPGRADE, "websocket") == Some(true);
-    let is_tunnel = kind == Kind::Handshake && is_http_11 && is_websocket;
+    let is_tunnel = kind == Kind::Handshake
+        && is_http_11
+        && is_only(response.headers(), UPGRADE, "websocket") == Some(true);
     let message = match is_only(response.headers(), TRANSFER_ENCODING, "chunked") {
         _ if is_switch && is_tunnel => return Ok(()),
         _ if is_switch => "the upstream switched to a protocol that was not requested (protocol)",
