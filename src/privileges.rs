@@ -15,7 +15,9 @@ const FIRST_UNUSED_ID: u32 = 0x7000_0000;
 /// `CAP_SETUID`, or in a user namespace with a single id), the process stays root and logs the reason.
 /// If it can't be made undumpable again, which is an error, it must exit.
 pub(crate) fn drop_root(needs_root: bool) -> Result<(), String> {
-    let is_root = geteuid().is_root();
+    if !geteuid().is_root() {
+        return Ok(());
+    }
     let id = FIRST_UNUSED_ID + std::process::id();
     let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
     let change = || {
@@ -23,9 +25,9 @@ pub(crate) fn drop_root(needs_root: bool) -> Result<(), String> {
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)
     };
-    if is_root && needs_root {
+    if needs_root {
         log!("stays root: the --dump-dir is root's");
-    } else if is_root && let Err(error) = change() {
+    } else if let Err(error) = change() {
         log!("stays root: cannot change to an unused user: {error}");
     }
     // Changed ids reset it to fs.suid_dumpable (prctl(2), PR_SET_DUMPABLE), also where only some changed.

@@ -34,9 +34,11 @@ impl AccessLogEntry {
     /// The response is this one instead of the upstream's.
     pub(super) fn fail(&self, reply: &ErrorReply) {
         self.status.set(reply.status.as_u16());
-        let error = format!("{}: {}", reply.message, reply.detail);
-        let error = error.trim_end_matches(": ").to_owned();
-        self.error.set(Some(error.into()));
+        let error = match reply.detail.as_str() {
+            "" => reply.message.into(),
+            detail => format!("{}: {detail}", reply.message).into(),
+        };
+        self.error.set(Some(error));
     }
 }
 
