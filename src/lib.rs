@@ -21,6 +21,7 @@ mod client;
 mod error;
 mod exchange;
 mod hardening;
+mod joining_stream;
 pub mod key;
 mod limits;
 mod peer;

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::flush_noting::FlushNoting;
 use crate::exchange::{ConnectionState, Handler, Peer};
 use crate::limits::{MAX_HEAD_BYTES, MAX_HEADERS};
-use crate::{log, sock_diag::SockDiag};
+use crate::{joining_stream::JoiningStream, log, sock_diag::SockDiag};
 
 /// How long a request's head may take, and how long a connection may be idle between requests.
 ///
@@ -103,6 +103,7 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> (S, Bytes, hyper::Result<()>) {
     // Boxed, since it is large, and gone once the response has begun.
     let service = service_fn(|request| Box::pin(handler.handle(peer, state, request)));
+    let stream = JoiningStream(stream);
     let stream = FlushNoting { stream, state };
     let mut connection = Builder::new()
         .max_headers(MAX_HEADERS)
@@ -147,7 +148,7 @@ async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin>(
         (&mut connection).await
     };
     let parts = connection.into_parts();
-    (parts.io.into_inner().stream, parts.read_buf, outcome)
+    (parts.io.into_inner().stream.0, parts.read_buf, outcome)
 }
 
 #[cfg(test)]

@@ -5,10 +5,7 @@ use std::{io::IoSlice, pin::Pin};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::exchange::ConnectionState;
-
-/// The outcome of a method.
-type IoPoll<T> = Poll<std::io::Result<T>>;
+use crate::{exchange::ConnectionState, joining_stream::IoPoll};
 
 /// A stream and the state of its connection.
 pub(super) struct FlushNoting<'a, S> {

@@ -12,7 +12,7 @@ use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
 use super::{connect_tunnel::open_tunnel, target::Target};
-use crate::{error::ErrorReply, log, peer::PeerCheck};
+use crate::{error::ErrorReply, joining_stream::JoiningStream, log, peer::PeerCheck};
 
 /// How long connecting may take: name resolution, TCP, the outbound proxy and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,7 +103,7 @@ impl Connector {
             }
         };
         if let Some(name) = self.target.tls_name.clone() {
-            let stream = self.tls.connect(name, tcp).await;
+            let stream = self.tls.connect(name, JoiningStream(tcp)).await;
             return Ok(Box::new(stream.map_err(tls_error)?));
         }
         // The name is one of loopback, but may have resolved to another address.
