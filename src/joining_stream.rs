@@ -45,10 +45,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for JoiningStream<S> {
         stream.poll_write(cx, joined.filled())
     }
 
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> IoPoll<()> {
         Pin::new(&mut self.0).poll_flush(cx)
     }

@@ -4,7 +4,7 @@
 //! credential is in no header: hyper writes a request without it, and this stream adds the line from the
 //! key's page, as one slice of the same vectored write. TLS encrypts a copy of it in place.
 
-use std::io::{Error, ErrorKind, IoSlice, Result};
+use std::io::{Error, ErrorKind, IoSlice};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::{array::from_fn, cell::Cell, fmt::Display, pin::Pin, rc::Rc, sync::Arc};
@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 
 use super::Kind;
-use crate::{key::Credential, limits::MAX_INTERIM};
+use crate::{joining_stream::IoPoll, key::Credential, limits::MAX_INTERIM};
 
 /// The most bytes per read: one less than hyper offers at first. It would offer more after a read that fills
 /// its buffer, and keep as much memory for as long as the response streams.
@@ -42,6 +42,9 @@ pub(super) struct StreamState {
     pub(super) announced: Cell<Option<(Kind, usize)>>,
     /// Whether all that hyper has written has been flushed.
     pub(super) is_flushed: Cell<bool>,
+    /// Whether a read has found nothing since the connection's task was woken, which it will be again. hyper tries up
+    /// to three times per poll, and through TLS that costs.
+    pub(super) is_drained: Cell<bool>,
     /// How many interim responses the last request has had. Atomic only because hyper's callbacks must be `Send`.
     pub(super) interim: Arc<AtomicU32>,
 }
@@ -63,24 +66,26 @@ pub(super) struct AuthorizingStream<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for AuthorizingStream<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<Result<()>> {
-        if self.state.interim.load(Relaxed) > MAX_INTERIM {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> IoPoll<()> {
+        let this = self.get_mut();
+        if this.state.interim.load(Relaxed) > MAX_INTERIM {
             return Poll::Ready(Err(Error::other("too many interim responses")));
+        }
+        if this.state.is_drained.get() {
+            return Poll::Pending;
         }
         for _ in 0..READ_COST {
             ready!(poll_proceed(cx)).made_progress();
         }
-        let mut limited = (&mut self.stream).take(MAX_READ);
-        Pin::new(&mut limited).poll_read(cx, buf)
+        let mut limited = (&mut this.stream).take(MAX_READ);
+        let outcome = Pin::new(&mut limited).poll_read(cx, buf);
+        this.state.is_drained.set(outcome.is_pending());
+        outcome
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> IoPoll<usize> {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 
@@ -88,7 +93,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
-    ) -> Poll<Result<usize>> {
+    ) -> IoPoll<usize> {
         let this = self.get_mut();
         this.state.is_flushed.set(false);
         let mut stream = Pin::new(&mut this.stream);
@@ -124,20 +129,20 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorizingStream<S> {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> IoPoll<()> {
         ready!(unless_closed(Pin::new(&mut self.stream).poll_flush(cx)))?;
         self.state.is_flushed.set(true);
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> IoPoll<()> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
 /// If an upstream responds early and closes, writes fail while its response waits to be read. So such a write
 /// stays pending: reads yield first the response, then the end.
-fn unless_closed<T>(outcome: Poll<Result<T>>) -> Poll<Result<T>> {
+fn unless_closed<T>(outcome: IoPoll<T>) -> IoPoll<T> {
     let is_closed = |kind| matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
     match outcome {
         Poll::Ready(Err(error)) if is_closed(error.kind()) => Poll::Pending,
@@ -177,7 +182,7 @@ mod tests {
     }
 
     impl AsyncWrite for Wire {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<Result<usize>> {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> IoPoll<usize> {
             unreachable!("all is written vectored")
         }
 
@@ -185,7 +190,7 @@ mod tests {
             mut self: Pin<&mut Self>,
             _: &mut Context<'_>,
             bufs: &[IoSlice<'_>],
-        ) -> Poll<Result<usize>> {
+        ) -> IoPoll<usize> {
             self.is_ready = !self.is_ready;
             if self.is_ready {
                 return Poll::Pending;
@@ -199,11 +204,11 @@ mod tests {
             Poll::Ready(Ok(count))
         }
 
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<()>> {
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> IoPoll<()> {
             Poll::Ready(Ok(()))
         }
 
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<()>> {
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> IoPoll<()> {
             Poll::Ready(Ok(()))
         }
     }
@@ -230,8 +235,31 @@ mod tests {
         assert!((16..=64).contains(&count), "{count}");
     }
 
+    #[tokio::test]
+    async fn drained_stream_is_not_read_again_before_the_next_poll() {
+        let (near, mut far) = tokio::io::duplex(8);
+        let state = Rc::new(StreamState::default());
+        let mut stream = AuthorizingStream {
+            stream: near,
+            prefix: prefix(),
+            state: Rc::clone(&state),
+        };
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut read = |cx: &mut Context<'_>| {
+            let mut byte = [0];
+            let outcome = Pin::new(&mut stream).poll_read(cx, &mut ReadBuf::new(&mut byte));
+            outcome.map(|outcome| outcome.map(|()| byte[0]).unwrap())
+        };
+        assert_eq!(read(&mut cx), Poll::Pending);
+        assert!(Pin::new(&mut far).poll_write(&mut cx, b"xy").is_ready());
+        assert_eq!(read(&mut cx), Poll::Pending);
+        state.is_drained.set(false);
+        assert_eq!(read(&mut cx), Poll::Ready(b'x'));
+        assert_eq!(read(&mut cx), Poll::Ready(b'y'));
+    }
+
     /// Writes all of `pieces` as hyper would: the rest again and again, until nothing is left.
-    fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> Result<()> {
+    fn write(stream: &mut AuthorizingStream<Wire>, pieces: &[&[u8]]) -> std::io::Result<()> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let mut pieces: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         let mut left = pieces.as_mut_slice();

@@ -6,7 +6,7 @@
 //! complete.
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
-use std::{error::Error, pin::Pin, rc::Rc};
+use std::{error::Error, future::poll_fn, pin::Pin, rc::Rc};
 
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::client::conn::TrySendError;
@@ -51,9 +51,14 @@ impl UpstreamConnection {
             .handshake(TokioIo::new(stream))
             .await?;
         let mut task = JoinSet::new();
+        let stream_state = Rc::clone(&state);
         task.spawn_local(async move {
             // An error is also that of the response or its body.
-            let _ = (&mut connection).await;
+            let _ = poll_fn(|cx| {
+                stream_state.is_drained.set(false);
+                Pin::new(&mut connection).poll(cx)
+            })
+            .await;
             let parts = connection.into_parts();
             (parts.io.into_inner().stream, parts.read_buf)
         });
