@@ -32,7 +32,7 @@ impl ServerInfo {
     /// Writes `{"port":…,"pid":…}` and a newline, and renames the file into place: nobody reads half of
     /// it, and a link that was planted there is replaced and not followed.
     ///
-    /// Where the rename fails (a directory without write permission, a file mounted into a container),
+    /// If the rename fails (a directory without write permission, a file mounted into a container),
     /// the existing file is written in place.
     pub(crate) fn publish(mut self, port: u16) -> Result<Self, String> {
         let pid = std::process::id();

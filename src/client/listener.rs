@@ -127,7 +127,7 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, peer)) if peer.ip().to_canonical().is_loopback() => return stream,
-            // Where `route_localnet` is on, neighbouring hosts can reach 127.0.0.1.
+            // If `route_localnet` is on, neighbouring hosts can reach 127.0.0.1.
             Ok(_) => {}
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
