@@ -235,8 +235,8 @@ mod tests {
         assert!((16..=64).contains(&count), "{count}");
     }
 
-    #[tokio::test]
-    async fn drained_stream_is_not_read_again_before_the_next_poll() {
+    #[test]
+    fn drained_stream_is_not_read_again_before_the_next_poll() {
         let (near, mut far) = tokio::io::duplex(8);
         let state = Rc::new(StreamState::default());
         let mut stream = AuthorizingStream {
